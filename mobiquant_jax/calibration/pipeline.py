@@ -1,0 +1,156 @@
+"""Calibration of a whole model, block by block, over a full-precision and a quantized activation stream.
+
+Order on ``resume``: the folder's blocks are read instead of trained, as far as they follow one another; streams are
+recomputed through them, so a resumed run continues with the very numbers of an uninterrupted one.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from mobiquant_jax.calibration.block import BlockReport, BlockTrainer
+from mobiquant_jax.calibration.config import CalibrationConfig
+from mobiquant_jax.calibration.linears import Params
+from mobiquant_jax.calibration.run_dir import RunDir
+from mobiquant_jax.calibration.samples import Samples
+from mobiquant_jax.calibration.thresholds import record_thresholds
+from mobiquant_jax.io.checkpoint import abstract_variables, load_tree, save_tree
+from mobiquant_jax.models import Llama, LlamaConfig
+from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel, Variables
+
+
+class Observer(Protocol):
+    """Is told how calibration goes."""
+
+    def on_start(self, blocks: int, resumed: int) -> None:
+        """``resumed`` of the ``blocks`` are on disk already."""
+
+    def on_epoch(self, block: int, stage: str, epoch: int, epochs: int, error: float) -> None:
+        """An epoch of a block is done."""
+
+    def on_block(self, block: int, report: BlockReport, seconds: float) -> None:
+        """A block is trained and saved."""
+
+    def on_budget(self, bits: float) -> None:
+        """The thresholds for these average bits are recorded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrator:
+    """Calibrates one model.
+
+    Attributes:
+        config: architecture.
+        elastic: slicing and routing.
+        calibration: the recipe.
+        run: where finished blocks go.
+        observer: is told of progress.
+        dtype: type of the matmuls in training.
+    """
+
+    config: LlamaConfig
+    elastic: ElasticConfig
+    calibration: CalibrationConfig
+    run: RunDir
+    observer: Observer
+    dtype: DTypeLike = jnp.float32
+
+    def calibrate(self, params: Params, windows: Int[np.ndarray, "W T"]) -> Variables:
+        """Runs, or continues, a calibration.
+
+        Args:
+            params: the dense model's parameters; host arrays are fine, a block goes to the device at its turn.
+            windows: calibration tokens.
+
+        Returns:
+            The elastic model's variables, thresholds recorded.
+
+        Raises:
+            ValueError: windows that do not fit the recipe, or a group size that does not fit the model.
+        """
+        cal = self.calibration
+        if windows.shape != (cal.windows, cal.window_length):
+            raise ValueError(f"windows {windows.shape} are not the recipe's {(cal.windows, cal.window_length)}")
+        self.elastic.check_model(self.config)
+        samples = Samples.create(cal)
+        trainer = BlockTrainer(
+            config=self.config, elastic=self.elastic, calibration=cal, samples=samples, dtype=self.dtype
+        )
+        full = self._embed(params, windows)
+        quantized = full[samples.window]
+        like = _one_block(abstract_variables(self.config, self.elastic))
+        done = self._finished_blocks()
+        self.observer.on_start(self.config.num_hidden_layers, done)
+        blocks = []
+        for index in range(self.config.num_hidden_layers):
+            dense = jax.tree.map(lambda leaf, index=index: jnp.asarray(leaf[index]), params["layers"])
+            target = trainer.dense_block(dense, full)
+            if index < done:
+                block = load_tree(self.run.block(index), like)
+            else:
+                block = self._train_block(trainer, dense, quantized, target, index)
+            quantized = trainer.packed_block(block, quantized)
+            full = target
+            blocks.append(jax.device_get(block))
+        return self._finish(params, blocks, windows)
+
+    def _embed(self, params: Params, windows: Int[np.ndarray, "W T"]) -> Float[Array, "W T D"]:
+        embed: Callable[..., Any] = jax.jit(lambda p, tokens: Llama(self.config).apply(p, tokens, method="embed"))
+        return embed({"params": {"embedder": params["embedder"]}}, jnp.asarray(windows))
+
+    def _finished_blocks(self) -> int:
+        """How many blocks from the first one on are on disk; orbax renames a block into place when it is complete."""
+        count = 0
+        while count < self.config.num_hidden_layers and self.run.block(count).is_dir():
+            count += 1
+        return count
+
+    def _train_block(self, trainer: BlockTrainer, dense: Params, quantized: Array, target: Array, index: int) -> Params:
+        start = time.perf_counter()
+
+        def on_epoch(stage: str, epoch: int, epochs: int, error: float) -> None:
+            self.observer.on_epoch(index, stage, epoch, epochs, error)
+
+        block, report = trainer.train(dense, quantized, target, index, on_epoch)
+        save_tree(self.run.block(index), block)
+        seconds = time.perf_counter() - start
+        self.run.log(
+            {
+                "block": index,
+                "before": report.before,
+                "after": report.after,
+                "bits": report.bits,
+                "seconds": round(seconds, 3),
+                "note": report.note,
+            }
+        )
+        self.observer.on_block(index, report, seconds)
+        return block
+
+    def _finish(self, params: Params, blocks: list[Params], windows: Int[np.ndarray, "W T"]) -> Variables:
+        """Stacks the blocks, puts the untouched parts around them and records thresholds."""
+        stacked = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *blocks)
+        around = {name: jax.tree.map(jnp.asarray, part) for name, part in params.items() if name != "layers"}
+        variables: Variables = {
+            "params": {**around, "layers": stacked["params"]},
+            "slices": {"layers": stacked["slices"]},
+            "routing": {"layers": stacked["routing"]},
+        }
+        model = ElasticModel(config=self.config, elastic=self.elastic, variables=variables)
+        chosen = windows[:: len(windows) // self.calibration.threshold_windows][: self.calibration.threshold_windows]
+        return record_thresholds(model, chosen, self.calibration.threshold_scope, self.observer.on_budget)
+
+
+def _one_block(variables: Variables) -> Variables:
+    """The shapes of one block out of those of all."""
+    return {
+        name: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), collection["layers"])
+        for name, collection in variables.items()
+    }

@@ -1,0 +1,98 @@
+"""The folder of a calibration run: what was asked for, the finished blocks, and what came out.
+
+run.json       config, fingerprints of model and data, provenance
+blocks/NNN/    each finished block, until the checkpoint is complete
+metrics.jsonl  a line a block
+checkpoint/    the elastic checkpoint
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_IDENTITY = ("config", "model", "data")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunDir:
+    """Paths of a run.
+
+    Attributes:
+        path: the folder.
+    """
+
+    path: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        """The finished elastic checkpoint."""
+        return self.path / "checkpoint"
+
+    @property
+    def blocks(self) -> Path:
+        """Finished blocks, each complete or absent."""
+        return self.path / "blocks"
+
+    def block(self, index: int) -> Path:
+        """The folder of one finished block."""
+        return self.blocks / f"{index:03d}"
+
+    def remove_blocks(self) -> None:
+        """Frees the blocks' space, once the checkpoint holds them."""
+        shutil.rmtree(self.blocks, ignore_errors=True)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Appends a line to ``metrics.jsonl``."""
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def open_run(path: str | Path, record: dict[str, Any], *, resume: bool, overwrite: bool) -> RunDir:
+    """Opens the folder of a new run, or of one to be continued.
+
+    Args:
+        path: the folder.
+        record: content of ``run.json``; its ``config``, ``model`` and ``data`` identify the run.
+        resume: continue the run that is there, if any.
+        overwrite: delete the run that is there, if any.
+
+    Raises:
+        ValueError: no path; both flags; a folder that holds something else; a run in the way without a flag; a run of
+            another config, model or data, naming what differs.
+    """
+    if not str(path):
+        raise ValueError("run_dir is empty: give --config.run_dir=FOLDER")
+    if resume and overwrite:
+        raise ValueError("give one of --resume and --overwrite")
+    run = RunDir(path=Path(path))
+    manifest = run.path / "run.json"
+    if not manifest.is_file() and run.path.is_dir() and any(run.path.iterdir()):
+        raise ValueError(f"'{run.path}' holds files but no calibration run: choose another run_dir")
+    if manifest.is_file() and not (resume or overwrite):
+        raise ValueError(f"'{run.path}' holds a run: --resume continues it, --overwrite starts over")
+    if manifest.is_file() and resume:
+        _check_same(json.loads(manifest.read_text()), json.loads(json.dumps(record)), run.path)
+        return run
+    if run.path.is_dir():
+        shutil.rmtree(run.path)
+    run.path.mkdir(parents=True)
+    partial = manifest.with_suffix(f".partial-{os.getpid()}")
+    partial.write_text(json.dumps(record, indent=2) + "\n")
+    partial.rename(manifest)
+    return run
+
+
+def _check_same(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:
+    for name in _IDENTITY:
+        if old.get(name) == new[name]:
+            continue
+        if name != "config":
+            raise ValueError(f"'{path}' was calibrated with another {name}: --overwrite starts over")
+        before, after = old.get("config") or {}, new["config"]
+        key = next(k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k))
+        raise ValueError(
+            f"'{path}' was started with {key}={before.get(key)!r}, not {after.get(key)!r}: --overwrite starts over"
+        )

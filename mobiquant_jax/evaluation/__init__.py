@@ -1,0 +1,34 @@
+"""Perplexity at any average bits, and how it is shown: tables, curves and token pictures."""
+
+from mobiquant_jax.evaluation.perplexity import (
+    MAX_BITS,
+    MIN_BITS,
+    LanguageModel,
+    PerplexityResult,
+    check_bits,
+    evaluate_perplexity,
+    parse_bits,
+    perplexity_curve,
+    perplexity_step,
+)
+from mobiquant_jax.evaluation.report import format_table, plot_curve, write_json
+from mobiquant_jax.evaluation.token_bits import TokenBits, format_token_bits, measure_token_bits, plot_token_bits
+
+__all__ = [
+    "MAX_BITS",
+    "MIN_BITS",
+    "LanguageModel",
+    "PerplexityResult",
+    "TokenBits",
+    "check_bits",
+    "evaluate_perplexity",
+    "format_table",
+    "format_token_bits",
+    "measure_token_bits",
+    "parse_bits",
+    "perplexity_curve",
+    "perplexity_step",
+    "plot_curve",
+    "plot_token_bits",
+    "write_json",
+]

@@ -1,0 +1,119 @@
+"""A perplexity curve as a table for the terminal, as JSON and as a picture."""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MultipleLocator, NullFormatter
+
+from mobiquant_jax.evaluation.perplexity import PerplexityResult
+
+STYLE: dict[Any, Any] = {"font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False}
+LOG_RATIO = 4.0  # a curve that spans more than this is drawn on a logarithmic axis
+INK, ACCENT, MUTED = "#1f2933", "#1f6feb", "#7b8794"
+
+
+def format_table(results: Sequence[PerplexityResult]) -> str:
+    """Lays results out for the terminal; an unquantized result among them is what the others are compared with.
+
+    Args:
+      results: points of the curve, and the unquantized model's (``bits`` None) if it was measured.
+
+    Returns:
+      Lines of equal width: bits, measured bits, perplexity and, given a reference, its excess in percent.
+    """
+    reference = _reference(results) if len(results) > 1 else None
+    rows = [["average bits", "measured", "perplexity"] + (["vs unquantized"] if reference else [])]
+    for result in results:
+        bits = "unquantized" if result.bits is None else f"{result.bits:g}"
+        row = [bits, "-" if result.bits is None else f"{result.measured_bits:.2f}", f"{result.perplexity:.3f}"]
+        if reference:
+            excess = 100 * (result.perplexity / reference.perplexity - 1)
+            row.append("" if result.bits is None else f"{excess:+.1f} %")
+        rows.append(row)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def write_json(path: str | Path, results: Iterable[PerplexityResult]) -> None:
+    """Writes the curve as a list of {bits, measured_bits, perplexity, tokens}, whole or not at all.
+
+    Args:
+      path: the file to write.
+      results: points of the curve; ``bits`` of an unquantized model, and a perplexity that is not finite, are null.
+    """
+    rows = [
+        {
+            "bits": result.bits,
+            "measured_bits": result.measured_bits,
+            "perplexity": result.perplexity if math.isfinite(result.perplexity) else None,
+            "tokens": result.tokens,
+        }
+        for result in results
+    ]
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def plot_curve(path: str | Path, results: Sequence[PerplexityResult], title: str) -> None:
+    """Draws perplexity against measured average bits, with the unquantized model as a line.
+
+    Args:
+      path: the PNG to write.
+      results: points of the curve, and the unquantized model's (``bits`` None) if it was measured.
+      title: a line above the picture.
+
+    Raises:
+      ValueError: there is no point with bits and a finite perplexity.
+    """
+    points = sorted((r for r in results if r.bits is not None), key=lambda r: r.measured_bits)
+    points = [point for point in points if math.isfinite(point.perplexity)]
+    if not points:
+        raise ValueError("no finite perplexity to draw")
+    reference = _reference(results)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 4.4), dpi=160, layout="constrained")
+        axes = figure.add_subplot()
+        bits, values = [p.measured_bits for p in points], [p.perplexity for p in points]
+        if reference:
+            axes.axhline(reference.perplexity, color=MUTED, linewidth=1.2, linestyle=(0, (5, 4)))
+            axes.annotate(
+                f"unquantized {reference.perplexity:.2f}",
+                (0.0, reference.perplexity),
+                (6, -12),
+                xycoords=("axes fraction", "data"),
+                textcoords="offset points",
+                fontsize=9,
+                color=MUTED,
+            )
+        axes.plot(bits, values, color=ACCENT, linewidth=2, marker="o", markersize=6, clip_on=False, zorder=3)
+        for x, y in zip(bits, values, strict=True):
+            axes.annotate(
+                f"{y:.2f}" if y < 100 else f"{y:.0f}", (x, y), (3, 7), textcoords="offset points", fontsize=9, color=INK
+            )
+        if max(values) > LOG_RATIO * min(values):
+            axes.set_yscale("log")
+            axes.yaxis.set_minor_formatter(NullFormatter())
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.margins(x=0.04, y=0.15)
+        axes.xaxis.set_major_locator(MultipleLocator(1))
+        axes.set_xlabel("average bits per weight", color=INK)
+        axes.set_ylabel("perplexity", color=INK)
+        axes.tick_params(colors=INK)
+        axes.set_title(title, loc="left", fontsize=11, color=INK)
+        figure.savefig(path)
+
+
+def _reference(results: Iterable[PerplexityResult]) -> PerplexityResult | None:
+    """The unquantized model's result, if it is there."""
+    return next((result for result in results if result.bits is None), None)

@@ -1,0 +1,157 @@
+"""Elastic checkpoints: one folder with the variables (orbax), the architecture, the slicing and the tokenizer.
+
+config.json          the architecture, as Hugging Face writes it
+mobiquant.json       format and layout versions, slicing and routing, provenance
+tokenizer.json, ...  the tokenizer, where there is one
+variables/           packed slices, routers, thresholds, norms, embedding and head
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from mobiquant_jax.io.tokenizer import has_tokenizer, load_tokenizer
+from mobiquant_jax.models.config import LlamaConfig
+from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel, Variables
+from mobiquant_jax.quant import LAYOUT_VERSION
+
+FORMAT_VERSION = 1
+MANIFEST = "mobiquant.json"
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether a folder is an elastic checkpoint."""
+    return (Path(path) / MANIFEST).is_file()
+
+
+def save_tree(path: str | Path, tree: Any) -> None:
+    """Writes a pytree of arrays; the folder appears only once it is complete.
+
+    Raises:
+        ValueError: the folder exists.
+    """
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(Path(path).absolute(), tree)
+
+
+def load_tree(path: str | Path, like: Any) -> Any:
+    """Reads a pytree of arrays.
+
+    Args:
+        path: a folder of ``save_tree``.
+        like: the same tree of ``jax.ShapeDtypeStruct``; its shardings, if any, place the arrays.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: the stored tree is damaged or has other names, shapes or types.
+    """
+    path = Path(path).absolute()
+    if not path.is_dir():
+        raise FileNotFoundError(f"no checkpoint folder '{path}'")
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(path, like)
+    except Exception as error:  # orbax and TensorStore raise many types for damaged or mismatched trees
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"'{path}' cannot be read as this model's variables: {reason}") from error
+
+
+def abstract_variables(config: LlamaConfig, elastic: ElasticConfig) -> Variables:
+    """Shapes and types of an elastic model's variables; allocates nothing.
+
+    Raises:
+        ValueError: the group size does not divide a linear's inputs.
+    """
+    elastic.check_model(config)
+    model = ElasticModel(config=config, elastic=elastic, variables={})
+    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    variables = jax.eval_shape(
+        lambda tokens: model.module.init(jax.random.key(0), tokens, model.budget_policy(tokens, 8.0)), tokens
+    )
+    return {name: variables[name] for name in ("params", "slices", "routing")}
+
+
+def save_checkpoint(path: str | Path, model: ElasticModel, provenance: dict[str, Any]) -> None:
+    """Writes an elastic model atomically: under a temporary name, renamed when complete.
+
+    Args:
+        path: folder to make; one that exists is replaced only once the new one is complete.
+        model: the model.
+        provenance: what made it; stored as JSON.
+
+    Raises:
+        ValueError: the model is not elastic.
+        OSError: the disk refuses; nothing is left behind and an older checkpoint is untouched.
+    """
+    if model.elastic is None:
+        raise ValueError("an unquantized model is saved with io.save_hf, not as an elastic checkpoint")
+    path = Path(path).absolute()
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        save_tree(partial / "variables", model.variables)
+        (partial / "config.json").write_text(json.dumps(model.config.to_hf(), indent=2) + "\n")
+        if model.tokenizer is not None:
+            model.tokenizer.save(partial)
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "layout_version": LAYOUT_VERSION,
+            "elastic": dataclasses.asdict(model.elastic),
+            "provenance": provenance,
+        }
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        if path.exists():
+            old = path.with_name(f".{path.name}.old-{os.getpid()}")
+            path.rename(old)
+            partial.rename(path)
+            shutil.rmtree(old)
+        else:
+            partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def load_checkpoint(path: str | Path) -> ElasticModel:
+    """Reads an elastic model.
+
+    Raises:
+        FileNotFoundError: no checkpoint there, or a part of it is missing.
+        ValueError: another format or layout, or variables that do not fit the architecture.
+    """
+    path = Path(path)
+    if not is_checkpoint(path):
+        raise FileNotFoundError(f"'{path}' is no elastic checkpoint: it has no {MANIFEST}")
+    manifest = _read_json(path / MANIFEST)
+    for name, known in (("format_version", FORMAT_VERSION), ("layout_version", LAYOUT_VERSION)):
+        if manifest.get(name) != known:
+            raise ValueError(f"'{path}' has {name} {manifest.get(name)!r}, this version reads {known}")
+    config = LlamaConfig.from_hf(_read_json(path / "config.json"))
+    try:
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in manifest["elastic"].items()}
+        elastic = ElasticConfig(**fields)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"'{path / MANIFEST}' does not describe the slicing: {error}") from error
+    variables = load_tree(path / "variables", abstract_variables(config, elastic))
+    tokenizer = load_tokenizer(path) if has_tokenizer(path) else None
+    return ElasticModel(config=config, elastic=elastic, variables=variables, tokenizer=tokenizer)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no file '{path}'")
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"'{path}' is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"'{path}' holds no JSON object")
+    return content

@@ -1,0 +1,39 @@
+"""Grouped-query attention as a pure function."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def attention(
+    q: Float[Array, "B T H hd"],
+    k: Float[Array, "B S Hkv hd"],
+    v: Float[Array, "B S Hkv hd"],
+    query_positions: Int[Array, "B T"],
+    key_positions: Int[Array, "#B S"],
+) -> Float[Array, "B T H hd"]:
+    """Causal attention where each key-value head serves ``H / Hkv`` neighbouring query heads.
+
+    ``softmax(q k^T / sqrt(hd)) v`` over the keys whose position is not after the query's; scores, softmax and both
+    accumulations are in float32.
+
+    Args:
+        q: Rotated queries.
+        k: Rotated keys.
+        v: Values.
+        query_positions: Absolute position of each query.
+        key_positions: Absolute position of each key.
+
+    Returns:
+        One vector per query and head, in the dtype of ``q``.
+    """
+    with jax.named_scope("attention"):
+        batch, length, heads, head_dim = q.shape
+        kv_heads = k.shape[2]
+        grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)  # [B, T, Hkv, G, hd]
+        scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32) * head_dim**-0.5
+        visible = key_positions[:, None, :] <= query_positions[:, :, None]  # [B, T, S]
+        scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)  # [B, Hkv, G, T, S]
+        mixed = jnp.einsum("bkgts,bskd->btkgd", weights, v, preferred_element_type=jnp.float32)
+        return mixed.reshape(q.shape).astype(q.dtype)

@@ -1,0 +1,1 @@
+"""The elastic matmul: every token against the same weight, each at its own depth."""

@@ -1,0 +1,37 @@
+"""Nested quantization: pure functions from float kernels to 2-bit slices and back."""
+
+from mobiquant_jax.quant.clipping import Clipping, limits, unclipped_limits
+from mobiquant_jax.quant.fake_quant import fake_quantize
+from mobiquant_jax.quant.grid import CODE_BITS, check_group_size, decode, encode, scale_and_zero
+from mobiquant_jax.quant.slices import (
+    LAYOUT_VERSION,
+    SlicedWeight,
+    check_slice_bits,
+    pack,
+    quantize,
+    round_to_nearest,
+    slice_codes,
+    unpack,
+    widths,
+)
+
+__all__ = [
+    "CODE_BITS",
+    "LAYOUT_VERSION",
+    "Clipping",
+    "SlicedWeight",
+    "check_group_size",
+    "check_slice_bits",
+    "decode",
+    "encode",
+    "fake_quantize",
+    "limits",
+    "pack",
+    "quantize",
+    "round_to_nearest",
+    "scale_and_zero",
+    "slice_codes",
+    "unclipped_limits",
+    "unpack",
+    "widths",
+]

@@ -44,11 +44,11 @@ def decode(kind, block):
         return out
     scales, d = block[:, 192:208].view(np.int8), half(block, 208)[:, 0]
     for i in range(256):  # Q6_K, value by value
-        n, quarter, l = i // 128, i % 128 // 32, i % 32
-        low = block[:, 64 * n + 32 * (quarter % 2) + l]
+        n, quarter, at = i // 128, i % 128 // 32, i % 32
+        low = block[:, 64 * n + 32 * (quarter % 2) + at]
         low = low >> 4 if quarter >= 2 else low & 15
-        high = (block[:, 128 + 32 * n + l] >> (2 * quarter)) & 3
-        scale = scales[:, 8 * n + 2 * quarter + l // 16]
+        high = (block[:, 128 + 32 * n + at] >> (2 * quarter)) & 3
+        scale = scales[:, 8 * n + 2 * quarter + at // 16]
         out[:, i] = d * scale * ((low | (high << 4)).astype(np.float64) - 32)
     return out
 

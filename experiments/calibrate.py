@@ -131,7 +131,7 @@ def _calibrate(
     variables = calibrator.calibrate(dense.variables["params"], windows)
     model = dataclasses.replace(dense, elastic=elastic, variables=variables)
     save_checkpoint(run_dir.checkpoint, model, json.loads(json.dumps(record)))
-    run_dir.remove_blocks()
+    run_dir.remove_intermediate()
     return model
 
 

@@ -23,6 +23,7 @@ from mobiquant_jax.calibration.linears import (
     trainable,
 )
 from mobiquant_jax.calibration.objective import budget_penalty, objective, sample_error, scheduled_budget
+from mobiquant_jax.calibration.optimizer import grouped_adamw, guarded_update
 from mobiquant_jax.calibration.samples import Samples, draw_widths
 from mobiquant_jax.models import Block, LlamaConfig
 from mobiquant_jax.models.elastic import ElasticConfig, ElasticLinear, average_bits
@@ -90,7 +91,7 @@ class BlockTrainer:
             on_epoch: called with (stage, epoch, epochs, error) after each epoch.
 
         Returns:
-            The packed block's variables and a report.
+            The trained parameters (``pack`` makes the elastic block of them) and a report.
         """
         cal = self.calibration
         key = jax.random.fold_in(jax.random.key(cal.seed), index)
@@ -122,12 +123,16 @@ class BlockTrainer:
                     break
             if note:
                 break
-        return self.pack(best), BlockReport(before=before, after=best_error, bits=bits, note=note)
+        return best, BlockReport(before=before, after=best_error, bits=bits, note=note)
 
     @cached_property
     def pack(self) -> Callable[[Params], Params]:
         """Jitted: trained parameters to the elastic block's variables."""
         return jax.jit(partial(pack_block, config=self.config, elastic=self.elastic))
+
+    def abstract_params(self, dense: Params) -> Params:
+        """Shapes of what ``train`` returns for a block of these dense parameters."""
+        return jax.eval_shape(lambda p: trainable(p, self.config, self.elastic, jax.random.key(0)), dense)
 
     @cached_property
     def dense_block(self) -> Callable[..., Array]:
@@ -172,21 +177,8 @@ class BlockTrainer:
         return ids, bits
 
     def _optimizer(self, stage: Stage) -> optax.GradientTransformation:
-        """AdamW without decay, one cosine-decayed rate for each of weights, clipping and routers."""
         steps = stage.epochs * self._steps_per_epoch
-
-        def adam(rate: float) -> optax.GradientTransformation:
-            if rate == 0:
-                return optax.set_to_zero()
-            return optax.adamw(optax.cosine_decay_schedule(rate, steps, alpha=0.05), weight_decay=0.0)
-
-        groups = {
-            "kernel": adam(stage.weight_lr),
-            "clipping": adam(stage.clipping_lr),
-            "router": adam(stage.router_lr),
-            "scale": optax.set_to_zero(),
-        }
-        return optax.partition(groups, _labels)
+        return grouped_adamw(stage.weight_lr, stage.clipping_lr, stage.router_lr, steps)
 
     @cached_property
     def _epochs(self) -> dict[Stage, Callable[..., Any]]:
@@ -206,10 +198,7 @@ class BlockTrainer:
             quantized, target, window = streams
             batch = (quantized[ids], target[window[ids]])
             loss, grads = jax.value_and_grad(loss_fn)(params, dense, batch, scalar, progress)
-            updates, new_state = optimizer.update(grads, optimizer_state, params)
-            finite = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(updates))
-            new = (optax.apply_updates(params, updates), new_state)
-            params, optimizer_state = jax.tree.map(partial(jnp.where, finite), new, (params, optimizer_state))
+            params, optimizer_state, finite = guarded_update(optimizer, loss, grads, params, optimizer_state)
             return (params, optimizer_state, healthy & finite), None
 
         def epoch(params: Params, optimizer_state: Any, dense: Params, streams: Any, plan: Any) -> Any:
@@ -277,13 +266,3 @@ class BlockTrainer:
 
 def _positions(x: Float[Array, "B T D"]) -> Int[Array, "B T"]:
     return jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
-
-
-def _labels(params: Params) -> Any:
-    """The optimizer group of each leaf: the name below its linear or norm."""
-    groups = ("kernel", "clipping", "router", "scale")
-
-    def label(path: tuple[Any, ...], _: Array) -> str:
-        return next(entry.key for entry in path if getattr(entry, "key", None) in groups)
-
-    return jax.tree_util.tree_map_with_path(label, params)

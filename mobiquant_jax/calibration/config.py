@@ -29,6 +29,13 @@ class CalibrationConfig:
         loss: block error: ``"mse"``; ``"relative"``, each token's error over its energy, so that an attention sink
             counts as one token; ``"log_relative"``, its logarithm, which gives every budget the same pull.
         propagated_weight: weight of a second target, the full-precision block on the quantized stream.
+        end_epochs: epochs of end-to-end tuning on the model's own logits, after the blocks; 0 for none. Needs memory
+            for the whole model, its gradients and its optimizer.
+        end_batch_size: windows a step of it.
+        end_weight_lr: peak learning rate of the weights in it; 0 freezes them.
+        end_clipping_lr: of the clipping logits.
+        end_router_lr: of the routers.
+        end_log_loss: minimize the logarithm of the divergence, which gives every budget the same pull.
         temperature: of the gates' surrogate gradient.
         penalty: lambda of the recipe "paper", ``lambda (B - B*(t))^2``.
         threshold_windows: calibration windows on which thresholds are recorded.
@@ -49,6 +56,12 @@ class CalibrationConfig:
     router_lr: float = 1e-3
     loss: str = "log_relative"
     propagated_weight: float = 0.0
+    end_epochs: int = 0
+    end_batch_size: int = 1
+    end_weight_lr: float = 5e-5
+    end_clipping_lr: float = 1e-3
+    end_router_lr: float = 5e-4
+    end_log_loss: bool = False
     temperature: float = 1.0
     penalty: float = 1.0
     threshold_windows: int = 16

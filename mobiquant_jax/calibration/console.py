@@ -47,6 +47,15 @@ class ConsoleObserver:
         if report.note:
             print(f"  block {block + 1}: {report.note}", flush=True)
 
+    def on_tuned(self, epoch: int, epochs: int, divergence: float, healthy: bool, seconds: float) -> None:
+        """See `Observer`."""
+        note = "" if healthy else "  (steps that were not finite were left out)"
+        left = clock((epochs - epoch) * seconds)
+        print(
+            f"end to end {epoch}/{epochs}  divergence {divergence:.4f}  {seconds:.1f} s  |  {left} left{note}",
+            flush=True,
+        )
+
     def on_budget(self, bits: float) -> None:
         """See `Observer`."""
         if sys.stdout.isatty():

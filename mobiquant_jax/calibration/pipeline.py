@@ -5,7 +5,7 @@ recomputed through them, so a resumed run continues with the very numbers of an 
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,11 +17,12 @@ from jaxtyping import Array, Float, Int
 
 from mobiquant_jax.calibration.block import BlockReport, BlockTrainer
 from mobiquant_jax.calibration.config import CalibrationConfig
+from mobiquant_jax.calibration.end_to_end import EndToEndTrainer
 from mobiquant_jax.calibration.linears import Params
 from mobiquant_jax.calibration.run_dir import RunDir
 from mobiquant_jax.calibration.samples import Samples
 from mobiquant_jax.calibration.thresholds import record_thresholds
-from mobiquant_jax.io.checkpoint import abstract_variables, load_tree, save_tree
+from mobiquant_jax.io.checkpoint import load_tree, save_tree
 from mobiquant_jax.models import Llama, LlamaConfig
 from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel, Variables
 
@@ -37,6 +38,9 @@ class Observer(Protocol):
 
     def on_block(self, block: int, report: BlockReport, seconds: float) -> None:
         """A block is trained and saved."""
+
+    def on_tuned(self, epoch: int, epochs: int, divergence: float, healthy: bool, seconds: float) -> None:
+        """An epoch of end-to-end tuning is done and saved; ``healthy`` unless a step was not finite and left out."""
 
     def on_budget(self, bits: float) -> None:
         """The thresholds for these average bits are recorded."""
@@ -85,21 +89,20 @@ class Calibrator:
         )
         full = self._embed(params, windows)
         quantized = full[samples.window]
-        like = _one_block(abstract_variables(self.config, self.elastic))
         done = self._finished_blocks()
         self.observer.on_start(self.config.num_hidden_layers, done)
-        blocks = []
         for index in range(self.config.num_hidden_layers):
             dense = jax.tree.map(lambda leaf, index=index: jnp.asarray(leaf[index]), params["layers"])
             target = trainer.dense_block(dense, full)
             if index < done:
-                block = load_tree(self.run.block(index), like)
+                trained = load_tree(self.run.block(index), trainer.abstract_params(dense))
             else:
-                block = self._train_block(trainer, dense, quantized, target, index)
-            quantized = trainer.packed_block(block, quantized)
+                trained = self._train_block(trainer, dense, quantized, target, index)
+            quantized = trainer.packed_block(trainer.pack(trained), quantized)
             full = target
-            blocks.append(jax.device_get(block))
-        return self._finish(params, blocks, windows)
+        del full, quantized
+        layers = self._read_blocks(trainer, params) if not cal.end_epochs else self._tune(trainer, params, windows)
+        return self._finish(params, layers, windows)
 
     def _embed(self, params: Params, windows: Int[np.ndarray, "W T"]) -> Float[Array, "W T D"]:
         embed: Callable[..., Any] = jax.jit(lambda p, tokens: Llama(self.config).apply(p, tokens, method="embed"))
@@ -118,8 +121,8 @@ class Calibrator:
         def on_epoch(stage: str, epoch: int, epochs: int, error: float) -> None:
             self.observer.on_epoch(index, stage, epoch, epochs, error)
 
-        block, report = trainer.train(dense, quantized, target, index, on_epoch)
-        save_tree(self.run.block(index), block)
+        trained, report = trainer.train(dense, quantized, target, index, on_epoch)
+        save_tree(self.run.block(index), trained)
         seconds = time.perf_counter() - start
         self.run.log(
             {
@@ -132,25 +135,52 @@ class Calibrator:
             }
         )
         self.observer.on_block(index, report, seconds)
-        return block
+        return trained
 
-    def _finish(self, params: Params, blocks: list[Params], windows: Int[np.ndarray, "W T"]) -> Variables:
-        """Stacks the blocks, puts the untouched parts around them and records thresholds."""
-        stacked = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *blocks)
+    def _read_blocks(self, trainer: BlockTrainer, params: Params) -> Params:
+        """The packed blocks, stacked on the host; one block at a time is on the device."""
+        packed = (jax.device_get(trainer.pack(trained)) for trained in self._trained_blocks(trainer, params))
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *packed)
+
+    def _trained_blocks(self, trainer: BlockTrainer, params: Params) -> Iterator[Params]:
+        like = trainer.abstract_params(jax.tree.map(lambda leaf: leaf[0], params["layers"]))
+        for index in range(self.config.num_hidden_layers):
+            yield load_tree(self.run.block(index), like)
+
+    def _tune(self, trainer: BlockTrainer, params: Params, windows: Int[np.ndarray, "W T"]) -> Params:
+        """End-to-end tuning from the trained blocks; an epoch is saved when done and the one before it removed."""
+        tuner = EndToEndTrainer(
+            config=self.config, elastic=self.elastic, calibration=self.calibration, windows=windows, dtype=self.dtype
+        )
+        around = {name: part for name, part in params.items() if name != "layers"}
+        blocks = [jax.device_get(block) for block in self._trained_blocks(trainer, params)]
+        layers = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *blocks)
+        student = {**jax.tree.map(jnp.asarray, around), "layers": layers}
+        state = tuner.init(student)
+        first = self.run.tuned_epochs()
+        if first:
+            like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (student, state))
+            student, state = load_tree(self.run.tuned(first), like)
+        dense = jax.tree.map(jnp.asarray, params)
+        for epoch in range(first, self.calibration.end_epochs):
+            start = time.perf_counter()
+            student, state, divergence, healthy = tuner.epoch(student, state, dense, epoch)
+            save_tree(self.run.tuned(epoch + 1), (student, state))
+            self.run.remove_tuned(epoch)
+            seconds = time.perf_counter() - start
+            self.run.log({"epoch": epoch, "divergence": divergence, "healthy": healthy, "seconds": round(seconds, 3)})
+            self.observer.on_tuned(epoch + 1, self.calibration.end_epochs, divergence, healthy, seconds)
+        return jax.vmap(trainer.pack)(student["layers"])
+
+    def _finish(self, params: Params, layers: Params, windows: Int[np.ndarray, "W T"]) -> Variables:
+        """Puts the untouched parts around the packed layers and records thresholds."""
         around = {name: jax.tree.map(jnp.asarray, part) for name, part in params.items() if name != "layers"}
+        layers = jax.tree.map(jnp.asarray, layers)
         variables: Variables = {
-            "params": {**around, "layers": stacked["params"]},
-            "slices": {"layers": stacked["slices"]},
-            "routing": {"layers": stacked["routing"]},
+            "params": {**around, "layers": layers["params"]},
+            "slices": {"layers": layers["slices"]},
+            "routing": {"layers": layers["routing"]},
         }
         model = ElasticModel(config=self.config, elastic=self.elastic, variables=variables)
         chosen = windows[:: len(windows) // self.calibration.threshold_windows][: self.calibration.threshold_windows]
         return record_thresholds(model, chosen, self.calibration.threshold_scope, self.observer.on_budget)
-
-
-def _one_block(variables: Variables) -> Variables:
-    """The shapes of one block out of those of all."""
-    return {
-        name: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), collection["layers"])
-        for name, collection in variables.items()
-    }

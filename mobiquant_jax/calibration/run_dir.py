@@ -40,9 +40,23 @@ class RunDir:
         """The folder of one finished block."""
         return self.blocks / f"{index:03d}"
 
-    def remove_blocks(self) -> None:
-        """Frees the blocks' space, once the checkpoint holds them."""
+    def tuned(self, epochs: int) -> Path:
+        """The folder of the state after so many epochs of end-to-end tuning."""
+        return self.path / "tuned" / f"{epochs:03d}"
+
+    def tuned_epochs(self) -> int:
+        """Epochs of end-to-end tuning that are on disk, complete."""
+        folder = self.path / "tuned"
+        return max((int(entry.name) for entry in folder.glob("*") if entry.name.isdigit()), default=0)
+
+    def remove_tuned(self, epochs: int) -> None:
+        """Frees the space of an earlier epoch."""
+        shutil.rmtree(self.tuned(epochs), ignore_errors=True)
+
+    def remove_intermediate(self) -> None:
+        """Frees the space of blocks and epochs, once the checkpoint is complete."""
         shutil.rmtree(self.blocks, ignore_errors=True)
+        shutil.rmtree(self.path / "tuned", ignore_errors=True)
 
     def log(self, record: dict[str, Any]) -> None:
         """Appends a line to ``metrics.jsonl``."""

@@ -10,11 +10,13 @@ plain Hugging Face model cannot do, so every weight is read at one width. Withou
 type (float32 from GGUF files and checkpoints).
 """
 
+import jax
 import numpy as np
 from absl import flags
 
 from mobiquant_jax.config_flags import run
-from mobiquant_jax.io import is_dense, load_dense, resolve, save_hf
+from mobiquant_jax.io import Params, load_dense, resolve, save_hf
+from mobiquant_jax.io.checkpoint import is_checkpoint, load_checkpoint
 
 FLAGS = flags.FLAGS
 FROM = flags.DEFINE_string("from", None, "Hugging Face folder, GGUF file, package:NAME or checkpoint of this package")
@@ -29,27 +31,22 @@ def main(argv: list[str]) -> None:
     if not FROM.value or not TO.value:
         raise ValueError("--from=MODEL and --to=FOLDER are required")
     source = resolve(FROM.value)
-    if is_dense(source):
-        if BITS.value is not None:
-            raise ValueError(f"--bits applies to a checkpoint of this package; {source} is not quantized by it")
-        config, params, tokenizer = load_dense(source, DTYPE.value)
-    else:
+    if is_checkpoint(source):
         if BITS.value is None or not 1 <= BITS.value <= 8:
             raise ValueError(f"--bits must be a whole number from 1 to 8 for a checkpoint, got {BITS.value}")
-        # Imported here: a plain conversion needs no JAX model.
-        from mobiquant_jax.io.load import load_model
-
-        model = load_model(source)
+        model = load_checkpoint(source)
         config, params, tokenizer = model.config, model.dequantized_params(BITS.value), model.tokenizer
+    else:
+        if BITS.value is not None:
+            raise ValueError(f"--bits applies to a checkpoint of this package, and {source} is none")
+        config, params, tokenizer = load_dense(source, DTYPE.value)
     dtype = DTYPE.value or _stored_dtype(params)
     save_hf(TO.value, config, params, dtype=dtype, tokenizer=tokenizer)
     print(f"wrote {TO.value} in {dtype}" + ("" if tokenizer else ", without a tokenizer"))
 
 
-def _stored_dtype(params):
+def _stored_dtype(params: Params) -> str:
     """The smallest dtype that holds every leaf exactly."""
-    import jax
-
     return np.result_type(*{np.dtype(leaf.dtype) for leaf in jax.tree.leaves(params)}).name
 
 

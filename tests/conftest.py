@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -18,3 +19,48 @@ def shared_data() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"no real data at {SHARED}")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def random_elastic():
+    """A function that makes an elastic model with every code, router and threshold drawn at random; uncalibrated."""
+    import jax
+    import jax.numpy as jnp
+
+    from mobiquant_jax.io.checkpoint import abstract_variables
+    from mobiquant_jax.models import LlamaConfig
+    from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel
+
+    def make(seed, elastic=None, tokenizer=None, **architecture):
+        sizes = dict(
+            vocab_size=97,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            max_position_embeddings=128,
+        )
+        config = LlamaConfig(**(sizes | architecture))
+        elastic = elastic or ElasticConfig(group_size=32, router_hidden_size=8, budget_grid=(2.0, 3.0, 5.0, 8.0))
+        rng = np.random.default_rng(seed)
+
+        def draw(path, leaf):
+            name = jax.tree_util.keystr(path)
+            if leaf.dtype == jnp.uint32:
+                values = rng.integers(0, 2**32, leaf.shape, np.uint32)
+            elif leaf.dtype == jnp.int16:
+                values = rng.integers(96, 160, leaf.shape)
+            elif leaf.dtype == jnp.bfloat16:
+                values = rng.uniform(0.05, 0.15, leaf.shape)
+            elif "thresholds" in name:
+                values = -np.sort(-rng.normal(size=leaf.shape), axis=-1)  # falling, as a table of thresholds is
+            else:
+                values = ("norm" in name) + 0.3 * rng.normal(size=leaf.shape)
+            return jnp.asarray(values, leaf.dtype)
+
+        variables = jax.tree_util.tree_map_with_path(draw, abstract_variables(config, elastic))
+        return ElasticModel(config=config, elastic=elastic, variables=variables, tokenizer=tokenizer)
+
+    return make

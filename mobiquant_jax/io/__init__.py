@@ -3,7 +3,7 @@
 from mobiquant_jax.io.gguf import GGUFFile, load_gguf, open_gguf, read_gguf_config
 from mobiquant_jax.io.hf import iter_hf_tensors, load_hf, read_config, read_headers, save_hf
 from mobiquant_jax.io.names import Params, TensorSpec, check_tensors, stack_tensors, tensor_specs
-from mobiquant_jax.io.source import is_dense, load_dense, resolve
+from mobiquant_jax.io.source import load_dense, resolve
 from mobiquant_jax.io.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "TensorSpec",
     "Tokenizer",
     "check_tensors",
-    "is_dense",
     "iter_hf_tensors",
     "load_dense",
     "load_gguf",

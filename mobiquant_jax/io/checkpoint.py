@@ -57,10 +57,37 @@ def load_tree(path: str | Path, like: Any) -> Any:
         raise FileNotFoundError(f"no checkpoint folder '{path}'")
     try:
         with ocp.StandardCheckpointer() as checkpointer:
+            stored = _leaves(checkpointer.metadata(path).item_metadata.tree)
+            # Compared before anything is read: orbax casts to other types, and refuses other shapes halfway.
+            _check_leaves(stored, _leaves(like))
             return checkpointer.restore(path, like)
-    except Exception as error:  # orbax and TensorStore raise many types for damaged or mismatched trees
+    except Exception as error:  # orbax and TensorStore raise many types for damaged trees
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"'{path}' cannot be read as this model's variables: {reason}") from error
+
+
+def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Shape and type of each array by its name; what holds no array has neither."""
+    leaves = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    return {
+        name: (tuple(leaf.shape), jnp.dtype(leaf.dtype))
+        for name, leaf in leaves.items()
+        if getattr(leaf, "dtype", None) is not None
+    }
+
+
+def _check_leaves(stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for name in [*wanted, *stored]:
+        if name not in stored:
+            raise ValueError(f"missing array '{name}'")
+        if name not in wanted:
+            raise ValueError(f"unexpected array '{name}'")
+        if stored[name] != wanted[name]:
+            (shape, dtype), (other_shape, other_dtype) = stored[name], wanted[name]
+            raise ValueError(f"array '{name}' is {dtype} {shape}, not {other_dtype} {other_shape}")
 
 
 def abstract_variables(config: LlamaConfig, elastic: ElasticConfig) -> Variables:
@@ -111,7 +138,11 @@ def save_checkpoint(path: str | Path, model: ElasticModel, provenance: dict[str,
         if path.exists():
             old = path.with_name(f".{path.name}.old-{os.getpid()}")
             path.rename(old)
-            partial.rename(path)
+            try:
+                partial.rename(path)
+            except BaseException:
+                old.rename(path)
+                raise
             shutil.rmtree(old)
         else:
             partial.rename(path)
@@ -138,7 +169,8 @@ def load_checkpoint(path: str | Path) -> ElasticModel:
     try:
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in manifest["elastic"].items()}
         elastic = ElasticConfig(**fields)
-    except (KeyError, TypeError, AttributeError) as error:
+        elastic.check_model(config)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"'{path / MANIFEST}' does not describe the slicing: {error}") from error
     variables = load_tree(path / "variables", abstract_variables(config, elastic))
     tokenizer = load_tokenizer(path) if has_tokenizer(path) else None

@@ -64,11 +64,6 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return read_json(path)
 
 
-def has_safetensors(folder: str | Path) -> bool:
-    """Whether a folder holds a Hugging Face model's weights, single or sharded."""
-    return (Path(folder) / SINGLE_FILE).is_file() or (Path(folder) / INDEX_FILE).is_file()
-
-
 def weight_files(folder: str | Path) -> list[Path]:
     """Lists a folder's safetensors files.
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from mobiquant_jax.io.gguf import load_gguf, open_gguf
-from mobiquant_jax.io.hf import has_safetensors, load_hf
+from mobiquant_jax.io.hf import load_hf
 from mobiquant_jax.io.names import Params
 from mobiquant_jax.io.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from mobiquant_jax.models.config import LlamaConfig
@@ -47,11 +47,6 @@ def resolve(source: str | Path) -> Path:
             f"'{source}': the package holds several .gguf files, give a path: {', '.join(map(str, files))}"
         )
     return files[0]
-
-
-def is_dense(path: Path) -> bool:
-    """Whether a path is an unquantized model (a GGUF file or a folder with safetensors), and no checkpoint of ours."""
-    return path.is_file() or has_safetensors(path)
 
 
 def load_dense(

@@ -176,11 +176,14 @@ def _from_gguf(file: GGUFFile) -> Tokenizer:
             f"(only 'gpt2' with {', '.join(repr(name) for name in _PRE_TOKENIZERS)})"
         )
     is_llama3 = _PRE_TOKENIZERS[pre] is _llama3
-    tokens: list[str] = file.get("tokenizer.ggml.tokens")
-    merges = [tuple(merge.split(" ", 1)) for merge in file.get("tokenizer.ggml.merges")]
-    backend = tokenizers.Tokenizer(
-        models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, ignore_merges=is_llama3)
-    )
+    tokens: list[str] = file.require("tokenizer.ggml.tokens")
+    vocab = {token: i for i, token in enumerate(tokens)}
+    merges = [tuple(merge.split(" ", 1)) for merge in file.require("tokenizer.ggml.merges")]
+    try:
+        model = models.BPE(vocab=vocab, merges=merges, ignore_merges=is_llama3)
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"{file.path}: damaged tokenizer: {error}") from error
+    backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = _PRE_TOKENIZERS[pre]()
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(_added(file, tokens, _CONTROL))
@@ -188,6 +191,9 @@ def _from_gguf(file: GGUFFile) -> Tokenizer:
 
     roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     ids = {role: file.get(f"tokenizer.ggml.{name}_token_id") for role, name in roles.items()}
+    for role, token_id in ids.items():
+        if token_id is not None and not 0 <= token_id < len(tokens):
+            raise ValueError(f"{file.path}: {role} token id {token_id} is not in the vocabulary of {len(tokens)}")
     config: dict[str, Any] = {
         f"{role}_token": tokens[token_id] for role, token_id in ids.items() if token_id is not None
     }

@@ -1,6 +1,6 @@
 """The LLaMA model: its configuration, rotary embedding, key-value cache and Linen modules."""
 
-from mobiquant_jax.models.attention import attention
+from mobiquant_jax.models.attention import attention, self_attention
 from mobiquant_jax.models.config import LlamaConfig, RopeScaling
 from mobiquant_jax.models.kv_cache import KVCache, LayerCache
 from mobiquant_jax.models.layers import DenseLinear, RMSNorm, rms_norm, swiglu
@@ -20,5 +20,6 @@ __all__ = [
     "attention",
     "inverse_frequencies",
     "rms_norm",
+    "self_attention",
     "swiglu",
 ]

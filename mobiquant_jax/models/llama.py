@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from mobiquant_jax.models.attention import attention
+from mobiquant_jax.models.attention import attention, self_attention
 from mobiquant_jax.models.config import LlamaConfig
 from mobiquant_jax.models.kv_cache import KVCache, LayerCache
 from mobiquant_jax.models.layers import DenseLinear, RMSNorm, project, swiglu
@@ -43,7 +43,7 @@ class Attention(nn.Module):
 
         Args:
             x: Normalized activations.
-            positions: Absolute position of each token.
+            positions: Absolute position of each token, increasing along T.
             cache: Keys and values of earlier tokens, or None to attend within ``x`` alone.
             control: Passed to the linears.
 
@@ -60,12 +60,12 @@ class Attention(nn.Module):
         }  # [B, T, H or Hkv, hd]
         frequencies = inverse_frequencies(cfg)
         q, k = (apply_rope(heads[name], positions, frequencies) for name in ("q", "k"))
-        v, key_positions = heads["v"], positions
-        if cache is not None:
+        v = heads["v"]
+        if cache is None:
+            mixed = self_attention(q, k, v, positions)
+        else:
             cache = cache.write(k, v, positions)
-            k, v = cache.k, cache.v
-            key_positions = jnp.arange(k.shape[1])[None]
-        mixed = attention(q, k, v, positions, key_positions)
+            mixed = attention(q, cache.k, cache.v, positions, jnp.arange(cache.k.shape[1])[None])
         mixed = mixed.reshape(*x.shape[:-1], cfg.num_attention_heads * cfg.head_dim)
         return self._linear("o_proj", cfg.hidden_size)(mixed, control), cache
 
@@ -129,7 +129,7 @@ class Block(nn.Module):
 
         Args:
             x: Residual stream.
-            positions: Absolute position of each token.
+            positions: Absolute position of each token, increasing along T.
             cache: Keys and values of earlier tokens, or None for a full pass.
             control: Passed to the linears.
 

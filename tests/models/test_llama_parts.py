@@ -19,6 +19,7 @@ from mobiquant_jax.models import (
     attention,
     inverse_frequencies,
     rms_norm,
+    self_attention,
     swiglu,
 )
 
@@ -104,6 +105,14 @@ def test_attention(heads, kv_heads, rng):
         weights = np.exp(scores - scores.max())
         want[b, t, h] = weights / weights.sum() @ v[b, seen, h * kv_heads // heads]
     np.testing.assert_allclose(got, want, atol=2e-6)
+
+
+@pytest.mark.parametrize("length", [5, 128, 300, 2100])
+def test_self_attention_in_chunks_is_attention(length, rng):
+    q, k, v = (jnp.asarray(normal(rng, 2, length, heads, 4)) for heads in (2, 1, 1))
+    positions = jnp.arange(length) + jnp.array([[0], [7]])
+    whole = attention(q, k, v, positions, positions)
+    np.testing.assert_allclose(jax.jit(self_attention)(q, k, v, positions), whole, atol=2e-6)
 
 
 def test_rms_norm_and_swiglu(rng):

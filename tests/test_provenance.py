@@ -1,0 +1,74 @@
+"""Provenance is JSON, and fingerprints tell apart what must be told apart."""
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mobiquant_jax import provenance as module
+from mobiquant_jax.provenance import fingerprint, provenance
+
+
+def tree(**changes):
+    rng = np.random.default_rng(5)
+    return {"a": rng.normal(size=(3, 4)).astype(np.float32), "b": {"c": np.arange(9000)}} | changes
+
+
+def test_fingerprint_is_of_the_content():
+    assert fingerprint(tree()) == fingerprint(tree())
+    assert fingerprint(tree()) == fingerprint(tree(a=jnp.asarray(tree()["a"])))  # on the device or not
+    assert len(fingerprint(tree())) == 64
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        tree(a=tree()["a"] + np.float32(1e-6)),
+        tree(a=tree()["a"].reshape(4, 3)),
+        tree(a=tree()["a"].view(np.int32)),
+        tree(b={"d": np.arange(9000)}),
+        tree(b={"c": np.arange(9000)[::-1]}),
+        tree(e=np.zeros(0)),
+    ],
+)
+def test_fingerprint_tells_apart(other):
+    assert fingerprint(other) != fingerprint(tree())
+
+
+def test_provenance_is_json_and_true(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["experiments/x.py", "--a=b c"])
+    found = provenance()
+    assert json.loads(json.dumps(found)) == found
+    assert found["command"].endswith("experiments/x.py '--a=b c'")
+    assert found["versions"]["jax"] == importlib.metadata.version("jax")
+    assert found["python"] == sys.version.split()[0]
+    assert found["device_count"] >= 1 and found["devices"] == ["cpu"]
+
+
+@pytest.mark.parametrize(
+    ("answers", "commit"),
+    [({"rev-parse": "abc\n", "status": ""}, "abc"), ({"rev-parse": "abc", "status": " M x"}, "abc+dirty")],
+)
+def test_commit_says_whether_the_checkout_is_changed(monkeypatch, answers, commit):
+    def git(command, **_):
+        return subprocess.CompletedProcess(command, 0, stdout=next(v for k, v in answers.items() if k in command))
+
+    monkeypatch.setattr(subprocess, "run", git)
+    assert module.provenance()["commit"] == commit
+
+
+def test_outside_of_git_there_is_no_commit(monkeypatch):
+    def git(command, **_):
+        raise subprocess.CalledProcessError(128, command)
+
+    monkeypatch.setattr(subprocess, "run", git)
+    assert module.provenance()["commit"] is None
+
+
+def test_a_missing_package_has_no_version(monkeypatch):
+    monkeypatch.setattr(module, "_PACKAGES", ("no-such-package-here",))
+    assert module.provenance()["versions"] == {"no-such-package-here": None}

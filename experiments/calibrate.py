@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
 from mobiquant_jax.calibration import CalibrationConfig, Calibrator, ConsoleObserver, RunDir, open_run
 from mobiquant_jax.config_flags import define_config, flatten, run
-from mobiquant_jax.data import load_token_ids, token_windows
 from mobiquant_jax.evaluation import (
     check_bits,
     format_table,
@@ -30,10 +28,8 @@ from mobiquant_jax.evaluation import (
     plot_token_bits,
     write_json,
 )
-from mobiquant_jax.io import load_dense
+from mobiquant_jax.experiment import frozen, load_architecture, load_dense_model, load_windows
 from mobiquant_jax.io.checkpoint import is_checkpoint, load_checkpoint, save_checkpoint
-from mobiquant_jax.io.dither import dither
-from mobiquant_jax.models import Llama, LlamaConfig
 from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel
 from mobiquant_jax.provenance import fingerprint, provenance
 from mobiquant_jax.serving import SamplingConfig, generate
@@ -59,11 +55,12 @@ def main(_: list[str]) -> None:
         router_hidden_size=config.router.hidden_size,
         budget_grid=tuple(config.router.budget_grid),
     )
-    calibration = CalibrationConfig(**{k: _frozen(v) for k, v in config.calibration.items()})
+    calibration = CalibrationConfig(**{k: frozen(v) for k, v in config.calibration.items()})
     for bits in config.evaluation.bits:
         check_bits(bits)
-    dense = _load_model(config, elastic)
-    windows, heldout = _load_windows(config, dense)
+    elastic.check_model(load_architecture(config))
+    dense = load_dense_model(config)
+    windows, heldout = (load_windows(config, dense, split) for split in ("calibration", "heldout"))
     asked = {k: v for k, v in flatten(config).items() if not k.startswith(_OUTCOME)}
     record = {
         "config": asked,
@@ -80,41 +77,6 @@ def main(_: list[str]) -> None:
     print(f"calibrated in {time.perf_counter() - start:.0f} s; measuring on {heldout.size} held-out tokens")
     _show(model, dense, heldout, config, run_dir)
     print(f"\ncheckpoint: {run_dir.checkpoint}    total {time.perf_counter() - start:.0f} s")
-
-
-def _load_model(config: ConfigDict, elastic: ElasticConfig) -> ElasticModel:
-    """The unquantized model: from its source, dithered if asked for, or random weights of the config's architecture."""
-    if config.model.weights not in ("source", "random"):
-        raise ValueError(f"model.weights={config.model.weights!r} is neither source nor random")
-    architecture = LlamaConfig(**{k: _frozen(v) for k, v in config.model.architecture.items()})
-    elastic.check_model(architecture)
-    if config.model.weights == "random":
-        tokens = jnp.zeros((1, 2), jnp.int32)
-        params = jax.jit(Llama(architecture).init)(jax.random.key(0), tokens)["params"]
-        return ElasticModel(config=architecture, variables={"params": params})
-    found, params, tokenizer = load_dense(config.model.source)
-    if found.linear_shapes() != architecture.linear_shapes():
-        raise ValueError(f"'{config.model.source}' is another model than model.architecture describes: {found}")
-    elastic.check_model(found)
-    if config.model.dither:
-        params = dither(params, found)
-    return ElasticModel(config=found, variables={"params": params}, tokenizer=tokenizer)
-
-
-def _load_windows(config: ConfigDict, model: ElasticModel) -> tuple[np.ndarray, np.ndarray]:
-    """Calibration and held-out windows."""
-
-    def windows(split: str, section: ConfigDict) -> np.ndarray:
-        ids = load_token_ids(config.data.source, split, model.tokenizer)
-        found = token_windows(ids, section.window_length, section.windows, model.config.vocab_size)
-        if len(found) < section.windows:
-            raise ValueError(
-                f"'{config.data.source}' ({split}) has {len(found)} windows of {section.window_length} tokens, "
-                f"not {section.windows}"
-            )
-        return found
-
-    return windows("calibration", config.calibration), windows("heldout", config.evaluation)
 
 
 def _calibrate(
@@ -166,11 +128,6 @@ def _show(model: ElasticModel, dense: ElasticModel, heldout: np.ndarray, config:
         print(f"\nat {bits:g} bits: {PROMPT}{model.tokenizer.decode(new)}")
     for picture in ("curve.png", "tokens.png", "curve.json"):
         print(run_dir.path / picture)
-
-
-def _frozen(value: Any) -> Any:
-    """Lists, and sections, of a ConfigDict as the tuples and dicts that frozen configs hold."""
-    return tuple(value) if isinstance(value, list) else value.to_dict() if isinstance(value, ConfigDict) else value
 
 
 if __name__ == "__main__":

@@ -7,9 +7,11 @@ variables/           packed slices, routers, thresholds, norms, embedding and he
 """
 
 import dataclasses
+import gc
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,21 @@ def load_tree(path: str | Path, like: Any) -> Any:
             return checkpointer.restore(path, like)
     except Exception as error:  # orbax and TensorStore raise many types for damaged trees
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"'{path}' cannot be read as this model's variables: {reason}") from error
+    # Raised outside of the handler: the original's traceback would keep the abandoned reads alive.
+    _collect_abandoned_reads()
+    raise ValueError(f"'{path}' cannot be read as this model's variables: {reason}")
+
+
+def _collect_abandoned_reads() -> None:
+    """Frees the coroutines of a failed restore in silence.
+
+    When one read fails, orbax abandons the others; each would print a traceback whenever it happened to be collected.
+    """
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        gc.collect()
+    finally:
+        sys.unraisablehook = hook
 
 
 def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], Any]]:

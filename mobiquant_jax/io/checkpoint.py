@@ -7,6 +7,7 @@ variables/           packed slices, routers, thresholds, norms, embedding and he
 """
 
 import dataclasses
+import glob
 import json
 import os
 import shutil
@@ -36,9 +37,19 @@ def save_tree(path: str | Path, tree: Any) -> None:
 
     Raises:
         ValueError: the folder exists.
+        OSError: the disk refuses; nothing is left behind.
     """
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(Path(path).absolute(), tree)
+    path = Path(path).absolute()
+    if path.exists():
+        raise ValueError(f"'{path}' exists already")
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(path, tree)
+    except Exception as error:  # TensorStore tells of a full disk by a ValueError
+        for unfinished in path.parent.glob(f"{glob.escape(path.name)}.orbax-checkpoint-tmp*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        reason = " ".join(str(error).rpartition(": ")[2].split())  # what follows is a chain of "Error writing ...: "
+        raise OSError(f"cannot write '{path}': {reason}") from error
 
 
 def load_tree(path: str | Path, like: Any) -> Any:

@@ -90,11 +90,13 @@ class CalibrationConfig:
             raise ValueError(f"calibration epochs {self.first_epochs} + {self.joint_epochs} must be at least 1")
         if not 1 <= self.end_batch_size <= self.windows:
             raise ValueError(f"calibration.end_batch_size={self.end_batch_size} is outside 1..{self.windows}")
+        if self.recipe == "paper" and self.end_epochs:
+            raise ValueError(f"calibration.end_epochs={self.end_epochs}: the recipe 'paper' ends with the blocks")
         if not self.temperature > 0:
             raise ValueError(f"calibration.temperature={self.temperature} must be positive")
         for name in _NOT_NEGATIVE:
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"calibration.{name}={getattr(self, name)} must not be negative")
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"calibration.{name}={getattr(self, name)} must be finite and not negative")
         if not 1 <= self.threshold_windows <= self.windows:
             raise ValueError(f"calibration.threshold_windows={self.threshold_windows} is outside 1..{self.windows}")
 

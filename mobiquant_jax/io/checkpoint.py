@@ -25,6 +25,7 @@ from mobiquant_jax.quant import LAYOUT_VERSION
 
 FORMAT_VERSION = 1
 MANIFEST = "mobiquant.json"
+INVENTORY = "files.json"  # in each saved tree: the size of every file
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -33,7 +34,7 @@ def is_checkpoint(path: str | Path) -> bool:
 
 
 def save_tree(path: str | Path, tree: Any) -> None:
-    """Writes a pytree of arrays; the folder appears only once it is complete.
+    """Writes a pytree of arrays; the folder appears only once it is complete, with an inventory of its files.
 
     Raises:
         ValueError: the folder exists.
@@ -42,14 +43,39 @@ def save_tree(path: str | Path, tree: Any) -> None:
     path = Path(path).absolute()
     if path.exists():
         raise ValueError(f"'{path}' exists already")
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(path, tree)
-    except Exception as error:  # TensorStore tells of a full disk by a ValueError
-        for unfinished in path.parent.glob(f"{glob.escape(path.name)}.orbax-checkpoint-tmp*"):
-            shutil.rmtree(unfinished, ignore_errors=True)
-        reason = " ".join(str(error).rpartition(": ")[2].split())  # what follows is a chain of "Error writing ...: "
+            checkpointer.save(partial, tree)
+        (partial / INVENTORY).write_text(json.dumps(_file_sizes(partial)) + "\n")
+        partial.rename(path)
+    except ValueError as error:  # TensorStore tells of a full disk by one, after a chain of "Error writing ...: "
+        reason = " ".join(str(error).rpartition(": ")[2].split())
         raise OSError(f"cannot write '{path}': {reason}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        for unfinished in path.parent.glob(f"{glob.escape(partial.name)}.orbax-checkpoint-tmp*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _file_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each file below a folder, the inventory itself left out."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != INVENTORY)
+    return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
+
+
+def _check_files(folder: Path) -> None:
+    """Raises ValueError, naming the file, unless all files are there in full.
+
+    Orbax starts all reads at once and abandons the others when one fails; each of those prints a traceback of its own,
+    whenever it happens to be collected. So a folder with a missing or short file is never handed to it.
+    """
+    found = _file_sizes(folder)
+    for name, size in _read_json(folder / INVENTORY).items():
+        if found.get(name) != size:
+            state = "missing" if name not in found else f"{found[name]} bytes long, not {size}"
+            raise ValueError(f"file '{name}' is {state}")
 
 
 def load_tree(path: str | Path, like: Any) -> Any:
@@ -67,6 +93,7 @@ def load_tree(path: str | Path, like: Any) -> Any:
     if not path.is_dir():
         raise FileNotFoundError(f"no checkpoint folder '{path}'")
     try:
+        _check_files(path)
         with ocp.StandardCheckpointer() as checkpointer:
             stored = _leaves(checkpointer.metadata(path).item_metadata.tree)
             # Compared before anything is read: orbax casts to other types, and refuses other shapes halfway.

@@ -86,7 +86,9 @@ def streams():
         rng = np.random.default_rng(seed)
         windows, length = trainer.calibration.windows, trainer.calibration.window_length
         full = rng.normal(size=(windows, length, trainer.config.hidden_size)).astype(np.float32)
-        quantized = full[trainer.samples.window] + 0.01 * rng.normal(size=(len(trainer.samples.window), *full.shape[1:]))
+        quantized = full[trainer.samples.window] + 0.01 * rng.normal(
+            size=(len(trainer.samples.window), *full.shape[1:])
+        )
         return jnp.asarray(quantized, jnp.float32), trainer.dense_block(dense, jnp.asarray(full))
 
     return make

@@ -27,7 +27,8 @@ from mobiquant_jax.calibration.config import Stage, stages
         (dict(window_length=1), "calibration.window_length=1 must be at least 2"),
         (dict(first_epochs=-1), "calibration epochs -1 + 10 must be at least 1"),
         (dict(first_epochs=0, joint_epochs=0), "calibration epochs 0 + 0 must be at least 1"),
-        (dict(end_epochs=-2), "calibration.end_epochs=-2 must not be negative"),
+        (dict(end_epochs=-2), "calibration.end_epochs=-2 must be finite and not negative"),
+        (dict(recipe="paper", end_epochs=2), "calibration.end_epochs=2: the recipe 'paper' ends with the blocks"),
         (dict(end_batch_size=0), "calibration.end_batch_size=0 is outside 1..128"),
         (dict(end_batch_size=129), "calibration.end_batch_size=129 is outside 1..128"),
         (dict(temperature=0.0), "calibration.temperature=0.0 must be positive"),
@@ -35,13 +36,13 @@ from mobiquant_jax.calibration.config import Stage, stages
         (dict(threshold_windows=0), "calibration.threshold_windows=0 is outside 1..128"),
         (dict(threshold_windows=129), "calibration.threshold_windows=129 is outside 1..128"),
         *(
-            ({name: -1e-3}, f"calibration.{name}=-0.001 must not be negative")
+            ({name: -1e-3}, f"calibration.{name}=-0.001 must be finite and not negative")
             for name in ("weight_lr", "clipping_lr", "router_lr", "end_weight_lr", "end_clipping_lr", "end_router_lr")
         ),
-        (dict(weight_lr=float("nan")), "calibration.weight_lr=nan must not be negative"),
-        (dict(penalty=-1.0), "calibration.penalty=-1.0 must not be negative"),
-        (dict(propagated_weight=-1.0), "calibration.propagated_weight=-1.0 must not be negative"),
-        (dict(seed=-1), "calibration.seed=-1 must not be negative"),
+        (dict(weight_lr=float("nan")), "calibration.weight_lr=nan must be finite and not negative"),
+        (dict(penalty=-1.0), "calibration.penalty=-1.0 must be finite and not negative"),
+        (dict(propagated_weight=-1.0), "calibration.propagated_weight=-1.0 must be finite and not negative"),
+        (dict(seed=-1), "calibration.seed=-1 must be finite and not negative"),
     ],
 )
 def test_a_mistake_is_named(changes, message):
@@ -54,7 +55,9 @@ def test_budgets_below_the_first_slice_are_refused():
     config = CalibrationConfig(budgets=(3.0, 4.0, 8.0), windows=3, threshold_windows=3)
     config.check_slices((2, 2, 2, 2))
     config.check_slices((1, 1, 2, 4))
-    with pytest.raises(ValueError, match=r"^calibration.budgets \(3.0, 4.0, 8.0\) start below the first slice's 4 bits$"):
+    with pytest.raises(
+        ValueError, match=r"^calibration.budgets \(3.0, 4.0, 8.0\) start below the first slice's 4 bits$"
+    ):
         config.check_slices((4, 4))
 
 

@@ -31,7 +31,10 @@ def test_a_line_a_block(capsys):
     assert lines[2].startswith("block  3/3  error 0.5 -> 0.5")
     assert lines[3] == "  block 3: non-finite loss"
     assert lines[4] == "end to end 1/3  divergence 0.1250  60.0 s  |  2:00 left"
-    assert lines[5] == "end to end 2/3  divergence 0.1250  60.0 s  |  1:00 left  (steps that were not finite were left out)"
+    assert (
+        lines[5]
+        == "end to end 2/3  divergence 0.1250  60.0 s  |  1:00 left  (steps that were not finite were left out)"
+    )
     assert len(lines) == 6  # epochs and budgets are for a terminal
 
 

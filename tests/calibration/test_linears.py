@@ -210,7 +210,9 @@ def test_a_packed_block_is_the_runtimes_block(dense, config, elastic):
 
     @jax.jit
     def outputs(bits):
-        trained, runtime = (Block(config, linear=partial(cls, elastic=elastic)) for cls in (RoutedLinear, ElasticLinear))
+        trained, runtime = (
+            Block(config, linear=partial(cls, elastic=elastic)) for cls in (RoutedLinear, ElasticLinear)
+        )
         pairs = ((trained, {"params": params}), (runtime, variables))
         return [block.apply(tree, x, positions, None, BatchBudget(bits=bits))[0] for block, tree in pairs]
 

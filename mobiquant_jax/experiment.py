@@ -14,6 +14,15 @@ from mobiquant_jax.io.dither import dither
 from mobiquant_jax.models import Llama, LlamaConfig
 from mobiquant_jax.models.elastic import ElasticModel
 
+_SIZES = (  # fields of model.architecture that tell models apart
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
 _SECTIONS = {"calibration": "calibration", "heldout": "evaluation"}
 
 
@@ -45,8 +54,12 @@ def load_dense_model(config: ConfigDict) -> ElasticModel:
         params = jax.jit(Llama(architecture).init)(jax.random.key(0), tokens)["params"]
         return ElasticModel(config=architecture, variables={"params": params})
     found, params, tokenizer = load_dense(config.model.source)
-    if found.linear_shapes() != architecture.linear_shapes():
-        raise ValueError(f"'{config.model.source}' is another model than model.architecture describes: {found}")
+    for name in _SIZES:
+        if getattr(found, name) != getattr(architecture, name):
+            raise ValueError(
+                f"'{config.model.source}' is another model than model.architecture describes: "
+                f"its {name} is {getattr(found, name)}, not {getattr(architecture, name)}"
+            )
     if config.model.dither:
         params = dither(params, found)
     return ElasticModel(config=found, variables={"params": params}, tokenizer=tokenizer)
@@ -61,9 +74,14 @@ def load_windows(config: ConfigDict, model: ElasticModel, split: str) -> Int32[n
         split: ``calibration`` or ``heldout``.
 
     Raises:
-        ValueError: the source has fewer windows, or as `load_token_ids`.
+        ValueError: windows longer than the model's context, a source that has fewer, or as `load_token_ids`.
     """
     section = config[_SECTIONS[split]]
+    if section.window_length > model.config.max_position_embeddings:
+        raise ValueError(
+            f"window_length={section.window_length} ({split}) exceeds the model's context of "
+            f"{model.config.max_position_embeddings} tokens"
+        )
     ids = load_token_ids(config.data.source, split, model.tokenizer)
     windows = token_windows(ids, section.window_length, section.windows, model.config.vocab_size)
     if len(windows) < section.windows:

@@ -209,12 +209,19 @@ def _batches(jobs: list[Job]) -> Iterator[list[Job]]:
 
 def _load_texts(window_length: int, dense: ElasticModel) -> dict[str, np.ndarray]:
     """The windows of each --text."""
-    texts = {}
+    if window_length > dense.config.max_position_embeddings:
+        raise ValueError(
+            f"evaluation.window_length={window_length} exceeds the model's context of "
+            f"{dense.config.max_position_embeddings} tokens"
+        )
+    texts: dict[str, np.ndarray] = {}
     for option in TEXTS.value:
         label, equals, source = option.partition("=")
         name, colon, count = label.partition(":")
         if not equals or not name or (colon and not count.isdigit()):
             raise ValueError(f"--text={option} is not NAME=SOURCE or NAME:WINDOWS=SOURCE")
+        if name in texts:
+            raise ValueError(f"--text={option}: there is another text of this name")
         ids = load_token_ids(source, "all", dense.tokenizer)
         texts[name] = token_windows(ids, window_length, int(count) if colon else None, dense.config.vocab_size)
     if not texts:

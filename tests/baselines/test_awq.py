@@ -63,32 +63,50 @@ def test_the_search_takes_the_best_exponent(config, block, stream):
     exponents = np.arange(8) / 8
     chosen = search_scales(spec, jnp.asarray(exponents), block, stream, found)
     kernels = get_kernels(block, config)
-    scales = [
-        np.asarray(channel_scale(found["mlp/down_proj"].magnitude, jnp.asarray(e)), np.float64) for e in exponents
-    ]
-    weight, gram = kernels["mlp/down_proj"], np.asarray(found["mlp/down_proj"].gram, np.float64)
-    losses = []
-    for scale in scales:
-        rounded = np.asarray(round_to_nearest(weight * scale[:, None].astype(np.float32), GROUP, 2), np.float64)
-        difference = rounded / scale[:, None] - weight
-        losses.append(np.einsum("io,ij,jo->", difference, gram, difference))
-    np.testing.assert_allclose(chosen.down, scales[int(np.argmin(losses))], rtol=1e-5)
-    # gate and up: the whole block's output, as only the MLP's part of it changes
-    outputs = []
-    for exponent in exponents:
-        scale = channel_scale(found["mlp/gate_proj"].magnitude, jnp.asarray(exponent))
-        ones = jnp.ones
-        plain = ChannelScales(qkv=ones(config.hidden_size), o=None, gate_up=scale, down=ones(config.intermediate_size))
-        folded = fold(block, plain, config)
-        mlp = folded["mlp"] | {
-            name: {"kernel": round_to_nearest(folded["mlp"][name]["kernel"], GROUP, 2)}
-            for name in ("gate_proj", "up_proj")
-        }
-        difference = block_forward(config, folded | {"mlp": mlp}, stream) - block_forward(config, block, stream)
-        outputs.append(float(jnp.mean(jnp.square(difference))))
-    best = channel_scale(found["mlp/gate_proj"].magnitude, jnp.asarray(exponents[int(np.argmin(outputs))]))
+
+    def scales(path: str) -> list[np.ndarray]:
+        magnitude = np.asarray(found[path].magnitude, np.float64)
+        centred = [np.maximum(magnitude**exponent, 1e-4) for exponent in exponents]
+        return [scale / np.sqrt(scale.max() * scale.min()) for scale in centred]
+
+    def best_of_its_own(path: str) -> np.ndarray:
+        """The scale that costs the linear's own output least, in float64."""
+        losses, gram = [], np.asarray(found[path].gram, np.float64)
+        for scale in scales(path):
+            rounded = round_to_nearest(kernels[path] * scale[:, None].astype(np.float32), GROUP, 2)
+            difference = np.asarray(rounded, np.float64) / scale[:, None] - kernels[path]
+            losses.append(np.einsum("io,ij,jo->", difference, gram, difference))
+        return scales(path)[int(np.argmin(losses))]
+
+    def best_of_the_output(part: str, names: tuple[str, ...], field: str, whole: dict) -> np.ndarray:
+        """The scale that costs the output of a block, of which ``part`` is the last that has any effect, least."""
+        losses, wanted = [], block_forward(config, whole, stream)
+        candidates = scales(f"{part}/{names[0]}")
+        for scale in candidates:
+            folded = fold(whole, dataclasses.replace(flat, **{field: jnp.asarray(scale, jnp.float32)}), config)
+            rounded = {name: {"kernel": round_to_nearest(folded[part][name]["kernel"], GROUP, 2)} for name in names}
+            found = block_forward(config, folded | {part: folded[part] | rounded}, stream)
+            losses.append(float(jnp.mean(jnp.square(found - wanted))))
+        assert len(set(losses)) == len(losses)
+        return candidates[int(np.argmin(losses))]
+
+    flat = ChannelScales(
+        qkv=jnp.ones(config.hidden_size),
+        o=None,
+        gate_up=jnp.ones(config.hidden_size),
+        down=jnp.ones(config.intermediate_size),
+    )
+    np.testing.assert_allclose(chosen.down, best_of_its_own("mlp/down_proj"), rtol=1e-5)
+    if config.num_key_value_heads == config.num_attention_heads:
+        np.testing.assert_allclose(chosen.o, best_of_its_own("attention/o_proj"), rtol=1e-5)
+    else:
+        assert chosen.o is None
+    best = best_of_the_output("mlp", ("gate_proj", "up_proj"), "gate_up", block)
     np.testing.assert_allclose(chosen.gate_up, best, rtol=1e-5)
-    assert (chosen.o is None) == (config.num_key_value_heads != config.num_attention_heads)
+    silent = jnp.zeros_like(kernels["mlp/down_proj"])
+    attention_only = block | {"mlp": block["mlp"] | {"down_proj": {"kernel": silent}}}
+    best = best_of_the_output("attention", ("q_proj", "k_proj", "v_proj"), "qkv", attention_only)
+    np.testing.assert_allclose(chosen.qkv, best, rtol=1e-5)
 
 
 @pytest.mark.parametrize("bits", [2, 3])

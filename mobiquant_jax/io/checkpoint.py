@@ -16,14 +16,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 
 from mobiquant_jax.io.tokenizer import has_tokenizer, load_tokenizer
 from mobiquant_jax.models.config import LlamaConfig
 from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel, Variables
 from mobiquant_jax.quant import LAYOUT_VERSION
+from mobiquant_jax.sharding import Placement
 
 FORMAT_VERSION = 1
 MANIFEST = "mobiquant.json"
+VARIABLES = "variables"
+_CHUNK_BYTES = 2**20  # smaller layers share a chunk
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -38,7 +42,13 @@ def save_tree(path: str | Path, tree: Any) -> None:
         ValueError: the folder exists.
     """
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(Path(path).absolute(), tree)
+        checkpointer.save(Path(path).absolute(), tree, save_args=jax.tree.map(_by_layer, tree))
+
+
+def _by_layer(leaf: Any) -> ocp.SaveArgs:
+    """Large stacks are stored in chunks of one layer, so that an export reads one at a time."""
+    layer_bytes = leaf.nbytes // max(1, leaf.shape[0]) if leaf.ndim > 2 else 0
+    return ocp.SaveArgs(chunk_byte_size=layer_bytes, shard_axes=(0,)) if layer_bytes >= _CHUNK_BYTES else ocp.SaveArgs()
 
 
 def load_tree(path: str | Path, like: Any) -> Any:
@@ -124,7 +134,7 @@ def save_checkpoint(path: str | Path, model: ElasticModel, provenance: dict[str,
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        save_tree(partial / "variables", model.variables)
+        save_tree(partial / VARIABLES, model.variables)
         (partial / "config.json").write_text(json.dumps(model.config.to_hf(), indent=2) + "\n")
         if model.tokenizer is not None:
             model.tokenizer.save(partial)
@@ -151,12 +161,33 @@ def save_checkpoint(path: str | Path, model: ElasticModel, provenance: dict[str,
         raise
 
 
-def load_checkpoint(path: str | Path) -> ElasticModel:
+def load_checkpoint(path: str | Path, mesh: Mesh | None = None) -> ElasticModel:
     """Reads an elastic model.
+
+    Args:
+        path: the checkpoint.
+        mesh: splits the variables over these devices, whatever mesh they were saved from; each process reads only what
+            its own devices hold. None for one device.
 
     Raises:
         FileNotFoundError: no checkpoint there, or a part of it is missing.
         ValueError: another format or layout, or variables that do not fit the architecture.
+    """
+    path = Path(path)
+    config, elastic = read_manifest(path)
+    like = abstract_variables(config, elastic)
+    placement = None if mesh is None else Placement.create(mesh, config, elastic)
+    variables = load_tree(path / VARIABLES, like if placement is None else placement.abstract(like))
+    tokenizer = load_tokenizer(path) if has_tokenizer(path) else None
+    return ElasticModel(config=config, elastic=elastic, variables=variables, tokenizer=tokenizer, placement=placement)
+
+
+def read_manifest(path: str | Path) -> tuple[LlamaConfig, ElasticConfig]:
+    """Reads what a checkpoint says it is.
+
+    Raises:
+        FileNotFoundError: no checkpoint there, or a part of it is missing.
+        ValueError: another format or layout, or a description that makes no sense.
     """
     path = Path(path)
     if not is_checkpoint(path):
@@ -172,9 +203,7 @@ def load_checkpoint(path: str | Path) -> ElasticModel:
         elastic.check_model(config)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"'{path / MANIFEST}' does not describe the slicing: {error}") from error
-    variables = load_tree(path / "variables", abstract_variables(config, elastic))
-    tokenizer = load_tokenizer(path) if has_tokenizer(path) else None
-    return ElasticModel(config=config, elastic=elastic, variables=variables, tokenizer=tokenizer)
+    return config, elastic
 
 
 def _read_json(path: Path) -> dict[str, Any]:

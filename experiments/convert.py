@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
     else:
         if BITS.value is not None:
             raise ValueError(f"--bits applies to a checkpoint of this package, and {source} is none")
-        config, params, tokenizer = open_dense(source, DTYPE.value)
+        config, params, tokenizer = open_dense(source, None)
     dtype = DTYPE.value or _stored_dtype(params)
     save_hf(TO.value, config, params, dtype=dtype, tokenizer=tokenizer)
     print(f"wrote {TO.value} in {dtype}" + ("" if tokenizer else ", without a tokenizer"))

@@ -8,7 +8,7 @@ the body of a loop once, so a program with a loop over layers or steps is report
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -63,7 +63,7 @@ class Program:
     """
 
     name: str
-    function: Callable[..., Any]
+    function: jax.stages.Wrapped
     arguments: tuple[Any, ...]
 
 
@@ -193,6 +193,7 @@ def compile_for(program: Program, mesh: Mesh, memory: int) -> Footprint:
             f"{program.name} does not fit: it needs {used[1]}iB of a chip's {used[2]}iB that programs may use"
         ) from error
     stats, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    assert stats is not None and cost is not None, "the compilers of CPUs, GPUs and TPUs give both"
     used_bytes = (
         stats.argument_size_in_bytes
         + stats.output_size_in_bytes

@@ -47,7 +47,7 @@ def test_programs_are_split_over_the_mesh():
     logits, bits, cache = jax.eval_shape(prefill.function, *prefill.arguments)
     assert logits.shape == (4, 256) and bits.shape == (4, 8) and cache.k.dtype == jnp.bfloat16
     calibration = calibration_program(CONFIG, ELASTIC, CALIBRATION, mesh)
-    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(calibration.arguments))
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(calibration.arguments))
     assert local_bytes(calibration.arguments) < whole / 3
     with jax.set_mesh(mesh):
         params, _, healthy = jax.eval_shape(calibration.function, *calibration.arguments)

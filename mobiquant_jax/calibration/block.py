@@ -182,14 +182,14 @@ class BlockTrainer:
         return grouped_adamw(stage.weight_lr, stage.clipping_lr, stage.router_lr, steps)
 
     @cached_property
-    def _epochs(self) -> dict[Stage, Callable[..., Any]]:
+    def _epochs(self) -> dict[Stage, jax.stages.Wrapped]:
         return {stage: self._compile_epoch(stage) for stage in stages(self.calibration)}
 
-    def epoch_fn(self, stage: Stage) -> Callable[..., Any]:
+    def epoch_fn(self, stage: Stage) -> jax.stages.Wrapped:
         """Jitted ``(params, optimizer_state, dense, streams, plan)``: one epoch; the first two are donated."""
         return self._epochs[stage]
 
-    def _compile_epoch(self, stage: Stage) -> Callable[..., Any]:
+    def _compile_epoch(self, stage: Stage) -> jax.stages.Wrapped:
         """Jitted: one epoch as a scan over steps. A step with a non-finite loss or gradient changes nothing."""
         optimizer = self.optimizer(stage)
         loss_fn = self._stage_loss(stage)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
+from mobiquant_jax import distributed
 from mobiquant_jax.io.tokenizer import has_tokenizer, load_tokenizer
 from mobiquant_jax.models.config import LlamaConfig
 from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel, Variables
@@ -40,8 +41,11 @@ def is_checkpoint(path: str | Path) -> bool:
 def save_tree(path: str | Path, tree: Any) -> None:
     """Writes a pytree of arrays; the folder appears only once it is complete, with an inventory of its files.
 
+    Several processes call it together and see the same file system; each writes what its own devices hold.
+
     Raises:
         ValueError: the folder exists.
+        OSError: the disk refuses; nothing is left behind.
         OSError: the disk refuses; nothing is left behind.
     """
     path = Path(path).absolute()
@@ -50,6 +54,8 @@ def save_tree(path: str | Path, tree: Any) -> None:
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
+        # One that was killed may have had the same process id.
+        distributed.on_main(f"saving '{path}'", lambda: shutil.rmtree(partial, ignore_errors=True))
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(partial, tree, save_args=jax.tree.map(_by_layer, tree))
         (partial / INVENTORY).write_text(json.dumps(_file_sizes(partial)) + "\n")
@@ -165,38 +171,51 @@ def save_checkpoint(path: str | Path, model: ElasticModel, provenance: dict[str,
         ValueError: the model is not elastic.
         OSError: the disk refuses; nothing is left behind and an older checkpoint is untouched.
     """
-    if model.elastic is None:
+    elastic = model.elastic
+    if elastic is None:
         raise ValueError("an unquantized model is saved with io.save_hf, not as an elastic checkpoint")
     path = Path(path).absolute()
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        save_tree(partial / VARIABLES, model.variables)
+    partial = distributed.partial_name(path)
+
+    def describe() -> None:
         (partial / "config.json").write_text(json.dumps(model.config.to_hf(), indent=2) + "\n")
         if model.tokenizer is not None:
             model.tokenizer.save(partial)
         manifest = {
             "format_version": FORMAT_VERSION,
             "layout_version": LAYOUT_VERSION,
-            "elastic": dataclasses.asdict(model.elastic),
+            "elastic": dataclasses.asdict(elastic),
             "provenance": provenance,
         }
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-        if path.exists():
-            old = path.with_name(f".{path.name}.old-{os.getpid()}")
-            path.rename(old)
-            try:
-                partial.rename(path)
-            except BaseException:
-                old.rename(path)
-                raise
-            shutil.rmtree(old)
-        else:
-            partial.rename(path)
+        _replace(path, partial)
+
+    def begin() -> None:
+        shutil.rmtree(partial, ignore_errors=True)  # one that was killed may have had the same process id
+        partial.mkdir(parents=True)
+
+    try:
+        distributed.on_main(f"saving '{path}'", begin)
+        save_tree(partial / VARIABLES, model.variables)
+        distributed.on_main(f"saving '{path}'", describe)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _replace(path: Path, complete: Path) -> None:
+    """Renames a complete folder into the place of another, which is restored if that fails."""
+    if not path.exists():
+        complete.rename(path)
+        return
+    old = path.with_name(f".{path.name}.old-{os.getpid()}")
+    path.rename(old)
+    try:
+        complete.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
+    shutil.rmtree(old)
 
 
 def load_checkpoint(path: str | Path, mesh: Mesh | None = None) -> ElasticModel:

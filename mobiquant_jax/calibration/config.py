@@ -88,20 +88,22 @@ class CalibrationConfig:
             raise ValueError(f"calibration.window_length={self.window_length} must be at least 2")
         if min(self.first_epochs, self.joint_epochs) < 0 or self.first_epochs + self.joint_epochs < 1:
             raise ValueError(f"calibration epochs {self.first_epochs} + {self.joint_epochs} must be at least 1")
-        if self.end_epochs < 0 or not 1 <= self.end_batch_size <= self.windows:
-            raise ValueError(
-                f"calibration.end_epochs={self.end_epochs} must not be negative and "
-                f"end_batch_size={self.end_batch_size} must lie in 1..{self.windows}"
-            )
+        if not 1 <= self.end_batch_size <= self.windows:
+            raise ValueError(f"calibration.end_batch_size={self.end_batch_size} is outside 1..{self.windows}")
         if self.recipe == "paper" and self.end_epochs:
             raise ValueError(f"calibration.end_epochs={self.end_epochs}: the recipe 'paper' ends with the blocks")
-        for name in ("weight_lr", "clipping_lr", "router_lr", "end_weight_lr", "end_clipping_lr", "end_router_lr"):
+        if not self.temperature > 0:
+            raise ValueError(f"calibration.temperature={self.temperature} must be positive")
+        for name in _NOT_NEGATIVE:
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"calibration.{name}={getattr(self, name)} must be finite and not negative")
-        if self.temperature <= 0:
-            raise ValueError(f"calibration.temperature={self.temperature} must be positive")
         if not 1 <= self.threshold_windows <= self.windows:
             raise ValueError(f"calibration.threshold_windows={self.threshold_windows} is outside 1..{self.windows}")
+
+    def check_slices(self, slice_bits: tuple[int, ...]) -> None:
+        """Raises ValueError unless every budget can be met: none lies below the first slice's bits."""
+        if min(self.budgets) < slice_bits[0]:
+            raise ValueError(f"calibration.budgets {self.budgets} start below the first slice's {slice_bits[0]} bits")
 
     @property
     def samples_per_budget(self) -> int:
@@ -158,6 +160,20 @@ def stages(config: CalibrationConfig) -> tuple[Stage, ...]:
         ),
     )
     return tuple(stage for stage in both if stage.epochs)
+
+
+_NOT_NEGATIVE = (
+    "weight_lr",
+    "clipping_lr",
+    "router_lr",
+    "propagated_weight",
+    "end_epochs",
+    "end_weight_lr",
+    "end_clipping_lr",
+    "end_router_lr",
+    "penalty",
+    "seed",
+)
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -25,7 +25,8 @@ class ConsoleObserver:
         """See `Observer`."""
         self._blocks, self._start = blocks, time.perf_counter()
         if resumed:
-            print(f"{resumed} of {blocks} blocks are on disk already; continuing with block {resumed + 1}", flush=True)
+            following = f"continuing with block {resumed + 1}" if resumed < blocks else "none is left to train"
+            print(f"{resumed} of {blocks} blocks are on disk already; {following}", flush=True)
 
     def on_epoch(self, block: int, stage: str, epoch: int, epochs: int, error: float) -> None:
         """See `Observer`."""

@@ -77,11 +77,13 @@ class Calibrator:
             The elastic model's variables, thresholds recorded.
 
         Raises:
-            ValueError: windows that do not fit the recipe, or a group size that does not fit the model.
+            ValueError: windows that do not fit the recipe, budgets that do not fit the slices, or a group size that
+                does not fit the model.
         """
         cal = self.calibration
         if windows.shape != (cal.windows, cal.window_length):
             raise ValueError(f"windows {windows.shape} are not the recipe's {(cal.windows, cal.window_length)}")
+        cal.check_slices(self.elastic.slice_bits)
         self.elastic.check_model(self.config)
         samples = Samples.create(cal)
         trainer = BlockTrainer(

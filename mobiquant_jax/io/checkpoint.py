@@ -7,6 +7,7 @@ variables/           packed slices, routers, thresholds, norms, embedding and he
 """
 
 import dataclasses
+import glob
 import json
 import os
 import shutil
@@ -37,10 +38,11 @@ def save_tree(path: str | Path, tree: Any) -> None:
 
     Raises:
         ValueError: the folder exists.
+        OSError: the disk refuses; nothing is left behind.
     """
     path = Path(path).absolute()
     if path.exists():
-        raise ValueError(f"'{path}' exists")
+        raise ValueError(f"'{path}' exists already")
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -48,9 +50,13 @@ def save_tree(path: str | Path, tree: Any) -> None:
             checkpointer.save(partial, tree)
         (partial / INVENTORY).write_text(json.dumps(_file_sizes(partial)) + "\n")
         partial.rename(path)
-    except BaseException:
+    except ValueError as error:  # TensorStore tells of a full disk by one, after a chain of "Error writing ...: "
+        reason = " ".join(str(error).rpartition(": ")[2].split())
+        raise OSError(f"cannot write '{path}': {reason}") from error
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
+        for unfinished in path.parent.glob(f"{glob.escape(partial.name)}.orbax-checkpoint-tmp*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _file_sizes(folder: Path) -> dict[str, int]:

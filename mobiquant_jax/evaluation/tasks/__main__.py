@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mobiquant_jax.config_flags import one_line_errors
 from mobiquant_jax.evaluation.tasks import require_lm_eval
+from mobiquant_jax.evaluation.tasks.documents import DEFINITIONS
 
 COMMANDS = ("run", "ls", "validate")
 
@@ -53,8 +54,6 @@ def lm_eval_arguments(arguments: list[str]) -> list[str]:
         ValueError: ``--task_data`` without the command ``run``.
         FileNotFoundError: there is no such folder.
     """
-    from mobiquant_jax.evaluation.tasks.runner import DEFINITIONS
-
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--task_data")
     parser.add_argument("--debug", action="store_true")

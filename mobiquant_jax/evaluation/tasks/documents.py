@@ -1,10 +1,20 @@
-"""Documents of the local multiple-choice tasks: JSON lines in a folder that the user names."""
+"""The local multiple-choice tasks: their definitions, and their documents, JSON lines in a folder the user names."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import datasets
+
+DEFINITIONS = Path(__file__).parent / "definitions"
+LOCAL_TASKS = (
+    "local_arc_challenge",
+    "local_arc_easy",
+    "local_hellaswag",
+    "local_openbookqa",
+    "local_piqa",
+    "local_winogrande",
+)
 
 
 def load_documents(*, file: str, task_data: str | None = None, **_: Any) -> dict[str, datasets.Dataset]:
@@ -52,7 +62,7 @@ def _document(line: str, place: str) -> dict[str, Any]:
         if field in ("ctxs", "choices"):
             fits = isinstance(value, list) and len(value) > 1 and all(isinstance(text, str) and text for text in value)
         else:
-            fits = isinstance(value, int if field == "label" else str)
+            fits = type(value) is (int if field == "label" else str)  # true is no label, though it is an int
         if not fits:
             raise ValueError(f"{place}: the field '{field}' is {value!r}")
     choices = document["ctxs" if "ctxs" in document else "choices"]

@@ -42,6 +42,8 @@ class MobiquantLM(TemplateLM):
         max_gen_toks: tokens to generate where a task names no number.
         add_bos_token: put the begin-of-text token before every text, as LLaMA 2 and 3 expect.
         seed: of sampling.
+        device: PyTorch's name of a device, which lm-eval's command line always gives ("cuda:0" unless told) and which
+            means nothing here: JAX runs on its default device (``JAX_PLATFORMS``).
         step: a step of ``continuation_step`` for a model like this one, to share its compilations.
         **unknown: refused, by name.
     """
@@ -57,6 +59,7 @@ class MobiquantLM(TemplateLM):
         max_gen_toks: int = 256,
         add_bos_token: bool = False,
         seed: int = 0,
+        device: str | None = None,
         step: ContinuationStep | None = None,
         **unknown: Any,
     ) -> None:

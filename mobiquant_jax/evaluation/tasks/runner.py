@@ -10,19 +10,10 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
 from mobiquant_jax.evaluation.perplexity import check_bits
+from mobiquant_jax.evaluation.tasks.documents import DEFINITIONS, LOCAL_TASKS
 from mobiquant_jax.evaluation.tasks.language_model import NAME, MobiquantLM
 from mobiquant_jax.evaluation.tasks.scoring import ContinuationStep, continuation_step
 from mobiquant_jax.models.elastic import ElasticModel
-
-DEFINITIONS = Path(__file__).parent / "definitions"
-LOCAL_TASKS = (
-    "local_arc_challenge",
-    "local_arc_easy",
-    "local_hellaswag",
-    "local_openbookqa",
-    "local_piqa",
-    "local_winogrande",
-)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,9 @@
 """A small tokenizer with merges and characters of several bytes, random models that use it, and a float64 LLaMA."""
 
 import dataclasses
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -157,3 +159,31 @@ def tail_score() -> Callable[[np.ndarray, list[int], int], tuple[float, bool]]:
 def reference(numpy_logits, tail_score) -> Callable[[ElasticModel, list[int], int], tuple[float, bool]]:
     """A function of (unquantized model, tokens, start): what the continuation tokens[start:] scores."""
     return lambda model, tokens, start: tail_score(numpy_logits(model, tokens), tokens, start)
+
+
+@pytest.fixture(scope="session")
+def task_files(text, tmp_path_factory) -> Path:
+    """A folder with twelve made-up documents for each of the six local tasks."""
+    rng = np.random.default_rng(11)
+    folder = tmp_path_factory.mktemp("tasks")
+    for name in ("arc_challenge_test", "arc_easy_test", "hellaswag_val_2000", "openbookqa_test", "piqa_valid"):
+        documents = [
+            {
+                "ctx": text(rng, int(rng.integers(2, 9))),
+                "choices": [text(rng, int(rng.integers(1, 4))) for _ in range(int(rng.integers(2, 5)))],
+                "label": int(rng.integers(2)),
+            }
+            for _ in range(12)
+        ]
+        _write_lines(folder / f"{name}.jsonl", documents)
+    contexts = [[text(rng, int(n)) for _ in range(2)] for n in rng.integers(2, 9, 12)]
+    documents = [
+        {"ctxs": pair, "target": text(rng, 2), "choices": ["a", "b"], "label": int(rng.integers(2))}
+        for pair in contexts
+    ]
+    _write_lines(folder / "winogrande_xl_dev.jsonl", documents)
+    return folder
+
+
+def _write_lines(path: Path, documents: list[dict]) -> None:
+    path.write_text("".join(f"{json.dumps(document)}\n" for document in documents), encoding="utf-8")

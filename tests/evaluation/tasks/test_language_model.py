@@ -50,10 +50,11 @@ def test_log_likelihoods_equal_full_passes(rng, random_model, dense, tokenizer, 
 def test_the_greedy_continuation_is_known(rng, random_model, dense, tokenizer, numpy_logits):
     model = random_model(rng)
     ids = tokenizer.encode("cab idea").tolist()
-    while len(ids) < 12:
+    start = len(ids)
+    while len(ids) < start + 8:
         ids.append(int(numpy_logits(model, ids)[-1].argmax()))
     other = [*ids[:-1], (ids[-1] + 1) % 30]
-    found = dense(model)._loglikelihood_tokens([(None, x[:4], x[4:]) for x in (ids, other)], disable_tqdm=True)
+    found = dense(model)._loglikelihood_tokens([(None, x[:start], x[start:]) for x in (ids, other)], disable_tqdm=True)
     assert [greedy for _, greedy in found] == [True, False]
 
 
@@ -178,7 +179,7 @@ def test_lm_eval_makes_it_by_name_from_a_checkpoint(elastic_model, elastic_step,
     register()
     register()  # twice is once
     made = get_model("mobiquant").create_from_arg_string(
-        f"pretrained={tmp_path}/checkpoint,bits=2.5", {"batch_size": "2", "device": None}
+        f"pretrained={tmp_path}/checkpoint,bits=2.5", {"batch_size": "2", "device": "cuda:0"}
     )
     assert isinstance(made, MobiquantLM) and (made.bits, made.batch_size, made.max_length) == (2.5, 2, 128)
     # The variables are those of the checkpoint; the step is not compiled a second time.
@@ -200,7 +201,7 @@ def test_lm_eval_makes_it_by_name_from_a_checkpoint(elastic_model, elastic_step,
         ({"bits": 4, "batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
         ({"bits": 4, "max_length": 129}, "max_length=129 exceeds the model's context of 128 tokens"),
         ({"bits": 4, "max_gen_toks": 2.5}, "max_gen_toks must be a whole number of at least 1, got 2.5"),
-        ({"bits": 4, "device": "cuda"}, "the model 'mobiquant' has no argument 'device'"),
+        ({"bits": 4, "dtype": "float16"}, "the model 'mobiquant' has no argument 'dtype'"),
     ],
 )
 def test_mistakes_are_named(elastic_model, arguments: dict, message: str):

@@ -65,7 +65,7 @@ def test_a_mistake_is_one_line_and_a_failed_exit():
 
 
 @pytest.mark.skipif(not HAS_LM_EVAL, reason="needs lm_eval")
-def test_the_command_writes_what_the_evaluator_finds(elastic_model, elastic_step, task_files, tmp_path, monkeypatch):
+def test_the_command_writes_what_the_evaluator_finds(elastic_model, elastic_step, task_files, tmp_path):
     from mobiquant_jax.evaluation.tasks import runner
 
     arguments = sys.argv

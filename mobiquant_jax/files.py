@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 
-def write_json_file(path: str | Path, content: Any, indent: int = 2) -> None:
+def save_json(path: str | Path, content: Any, indent: int = 2) -> None:
     """Writes JSON through a file beside it, so that a reader, or a killed run, never sees half of it.
 
     Args:

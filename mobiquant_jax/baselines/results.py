@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mobiquant_jax.files import write_json_file
+from mobiquant_jax.files import save_json
 
 _KEY = ("method", "bits", "calibrated_bits", "seed", "settings", "text")
 Row = dict[str, Any]
@@ -43,7 +43,7 @@ class Results:
         self.rows.append(json.loads(json.dumps({**row, "session": len(self.sessions) - 1})))
         if self.path is not None:
             content = {"identity": self.identity, "sessions": self.sessions, "rows": self.rows}
-            write_json_file(self.path, content, indent=1)
+            save_json(self.path, content, indent=1)
 
 
 def open_results(

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MultipleLocator, NullFormatter
 
 from mobiquant_jax.evaluation.perplexity import PerplexityResult
-from mobiquant_jax.files import write_json_file
+from mobiquant_jax.files import save_json
 
 STYLE: dict[Any, Any] = {"font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False}
 LOG_RATIO = 4.0  # a curve that spans more than this is drawn on a logarithmic axis
@@ -56,7 +56,7 @@ def write_json(path: str | Path, results: Iterable[PerplexityResult]) -> None:
         }
         for result in results
     ]
-    write_json_file(path, rows)
+    save_json(path, rows)
 
 
 def plot_curve(path: str | Path, results: Sequence[PerplexityResult], title: str) -> None:

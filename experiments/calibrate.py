@@ -133,10 +133,10 @@ def _show(model: ElasticModel, dense: ElasticModel, heldout: np.ndarray, config:
 def _show_text(model: ElasticModel, tokenizer: Tokenizer, run_dir: RunDir) -> None:
     """The picture of a sentence and two short continuations."""
     assert model.elastic is not None
-    token_bits = measure_token_bits(model, tokenizer, SENTENCE, 4.0)
-    title = f"{run_dir.path.name}: bits each token used at 4 average bits"
+    token_bits = measure_token_bits(model, tokenizer, SENTENCE, 3.0)
+    title = f"{run_dir.path.name}: bits each token used at 3 average bits"
     plot_token_bits(run_dir.path / "tokens.png", token_bits, title)
-    print(f"\nbits by token at 4 average bits:\n{format_token_bits(token_bits)}")
+    print(f"\nbits by token at 3 average bits:\n{format_token_bits(token_bits)}")
     prompt = tokenizer.encode(PROMPT)
     for bits in (max(3.0, model.elastic.slice_bits[0]), 8.0):
         text = generate(

@@ -1,19 +1,8 @@
 """README's tables are what results/ holds."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("readme_tables", ROOT / "experiments" / "readme_tables.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from mobiquant_jax.markdown import fill
 
 
 @pytest.fixture
@@ -36,14 +25,14 @@ def result():
     }
 
 
-def test_a_table_is_made_from_its_results(script, result):
+def test_a_table_is_made_from_its_results(result):
     text = "before\n<!-- results/demo.json -->\nold\nlines\n<!-- end -->\nafter\n"
-    filled = script.fill(text, {"results/demo.json": result})
+    filled = fill(text, {"results/demo.json": result})
     assert filled.startswith("before\n<!-- results/demo.json -->\n| average bits |")
     assert filled.endswith("<!-- end -->\nafter\n") and "old" not in filled
     assert "| 2 | 2.00 | 30.00 | +50.0 % |" in filled and "| unquantized | - | 20.00 | |" in filled
     assert "`python x.py --a` at 0123456: 12 s, 4.6 GB of host memory; cpu, 2 cores; Python 3.11.7" in filled
-    assert script.fill(filled, {"results/demo.json": result}) == filled
+    assert fill(filled, {"results/demo.json": result}) == filled
 
 
 def test_readme_agrees_with_the_results(call_script):

@@ -7,6 +7,7 @@ python experiments/calibrate.py --config=configs/smollm2_135m.py --config.quant.
 
 import dataclasses
 import json
+import resource
 import time
 from typing import Any
 
@@ -28,6 +29,7 @@ from mobiquant_jax.evaluation import (
     write_json,
 )
 from mobiquant_jax.experiment import frozen, load_architecture, load_dense_model, load_windows
+from mobiquant_jax.files import save_json
 from mobiquant_jax.io.checkpoint import is_checkpoint, load_checkpoint, save_checkpoint
 from mobiquant_jax.io.tokenizer import Tokenizer
 from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel
@@ -79,7 +81,15 @@ def main(_: list[str]) -> None:
     run_dir.remove_intermediate()
     print(f"measuring on {heldout.size} held-out tokens", flush=True)
     _show(model, dense, heldout, config, run_dir)
-    print(f"checkpoint: {run_dir.checkpoint}    total {time.perf_counter() - start:.0f} s")
+    seconds = time.perf_counter() - start
+    result = {
+        "provenance": record["provenance"],
+        "seconds": round(seconds, 1),
+        "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),  # of the host
+        "curve": json.loads((run_dir.path / "curve.json").read_text()),
+    }
+    save_json(run_dir.path / "result.json", result)
+    print(f"checkpoint: {run_dir.checkpoint}    total {seconds:.0f} s, {result['peak_gb']} GB")
 
 
 def _check_evaluation(section: ConfigDict, elastic: ElasticConfig) -> None:

@@ -39,8 +39,7 @@ class CalibrationConfig:
         end_router_lr: of the routers.
         end_generated_windows: windows that the unquantized model writes itself to learn from; 0 for none.
         end_generated_share: share of them in each epoch's windows.
-        end_save_seconds: its state is saved after the first epoch that ends so long after the last save: what a kill may
-            cost.
+        end_save_seconds: its state is saved after the first epoch that ends so long after the last save.
         temperature: of the gates' surrogate gradient.
         dtype: type of the matmuls in training, ``"float32"`` or ``"bfloat16"``; parameters and errors are float32.
         penalty: lambda of the recipe "paper", ``lambda (B - B*(t))^2``.
@@ -71,7 +70,7 @@ class CalibrationConfig:
     end_router_lr: float = 5e-4
     end_generated_windows: int = 0
     end_generated_share: float = 0.67
-    end_save_seconds: float = 60.0
+    end_save_seconds: float = 120.0
     temperature: float = 1.0
     dtype: str = "float32"
     penalty: float = 1.0

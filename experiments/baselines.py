@@ -26,6 +26,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from mobiquant_jax.baselines import Baseline, QuantizedModel, QuantSpec, find_method, run_omniquant_at
+from mobiquant_jax.baselines.grid import check_bits
 from mobiquant_jax.config_flags import define_config, run
 from mobiquant_jax.data import load_token_ids, token_windows
 from mobiquant_jax.evaluation import evaluate_perplexity, perplexity_step
@@ -53,7 +54,9 @@ Settings = dict[str, dict[str, Any]]
 def main(_: list[str]) -> None:
     """Quantizes and scores, a model at a time."""
     config = CONFIG.value
-    widths, seeds = [int(bits) for bits in BITS.value], [int(seed) for seed in SEEDS.value]
+    widths, seeds = _integers("bits", BITS.value), _integers("seeds", SEEDS.value)
+    for bits in widths:
+        check_bits(bits)  # before anything is loaded
     changes = _changes(SETTINGS.value, METHODS.value)
     recipes = {(name, bits): _settings(name, bits, changes) for name in METHODS.value for bits in widths}
     dense = _load(config)
@@ -139,6 +142,14 @@ def _load(config: ConfigDict) -> ElasticModel:
     if config.model.dither:
         params = dither(params, found)
     return ElasticModel(config=found, variables={"params": params}, tokenizer=tokenizer)
+
+
+def _integers(flag: str, entries: list[str]) -> list[int]:
+    """The whole numbers of a list option."""
+    for entry in entries:
+        if not entry.strip().isdecimal():
+            raise ValueError(f"--{flag}: {entry!r} is no whole number")
+    return [int(entry) for entry in entries]
 
 
 def _changes(options: list[str], methods: list[str]) -> Settings:

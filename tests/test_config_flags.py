@@ -97,7 +97,7 @@ def test_a_typo_names_the_nearest(script, argument: str, message: str):
         ("--config.quant.group_size=6.5", "'6.5'"),
         ("--config.evaluation.bits=2,four", "2,four"),
         ("--config.model.dither=perhaps", "'perhaps'"),
-        ("--config.router.temperature=warm", "'warm'"),
+        ("--config.calibration.temperature=warm", "'warm'"),
         ("--config.quant=3", "'quant' is a section"),
         ("--count=many", "'many'"),
     ],

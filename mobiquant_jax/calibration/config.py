@@ -88,6 +88,16 @@ class CalibrationConfig:
             raise ValueError(f"calibration.window_length={self.window_length} must be at least 2")
         if min(self.first_epochs, self.joint_epochs) < 0 or self.first_epochs + self.joint_epochs < 1:
             raise ValueError(f"calibration epochs {self.first_epochs} + {self.joint_epochs} must be at least 1")
+        if self.end_epochs < 0 or not 1 <= self.end_batch_size <= self.windows:
+            raise ValueError(
+                f"calibration.end_epochs={self.end_epochs} must not be negative and "
+                f"end_batch_size={self.end_batch_size} must lie in 1..{self.windows}"
+            )
+        if self.recipe == "paper" and self.end_epochs:
+            raise ValueError(f"calibration.end_epochs={self.end_epochs}: the recipe 'paper' ends with the blocks")
+        for name in ("weight_lr", "clipping_lr", "router_lr", "end_weight_lr", "end_clipping_lr", "end_router_lr"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"calibration.{name}={getattr(self, name)} must be finite and not negative")
         if self.temperature <= 0:
             raise ValueError(f"calibration.temperature={self.temperature} must be positive")
         if not 1 <= self.threshold_windows <= self.windows:

@@ -24,6 +24,7 @@ from mobiquant_jax.quant import LAYOUT_VERSION
 
 FORMAT_VERSION = 1
 MANIFEST = "mobiquant.json"
+INVENTORY = "files.json"  # in each saved tree: the size of every file
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -32,13 +33,43 @@ def is_checkpoint(path: str | Path) -> bool:
 
 
 def save_tree(path: str | Path, tree: Any) -> None:
-    """Writes a pytree of arrays; the folder appears only once it is complete.
+    """Writes a pytree of arrays; the folder appears only once it is complete, with an inventory of its files.
 
     Raises:
         ValueError: the folder exists.
     """
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(Path(path).absolute(), tree)
+    path = Path(path).absolute()
+    if path.exists():
+        raise ValueError(f"'{path}' exists")
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(partial, tree)
+        (partial / INVENTORY).write_text(json.dumps(_file_sizes(partial)) + "\n")
+        partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _file_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each file below a folder, the inventory itself left out."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != INVENTORY)
+    return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
+
+
+def _check_files(folder: Path) -> None:
+    """Raises ValueError, naming the file, unless all files are there in full.
+
+    Orbax starts all reads at once and abandons the others when one fails; each of those prints a traceback of its own,
+    whenever it happens to be collected. So a folder with a missing or short file is never handed to it.
+    """
+    found = _file_sizes(folder)
+    for name, size in _read_json(folder / INVENTORY).items():
+        if found.get(name) != size:
+            state = "missing" if name not in found else f"{found[name]} bytes long, not {size}"
+            raise ValueError(f"file '{name}' is {state}")
 
 
 def load_tree(path: str | Path, like: Any) -> Any:
@@ -56,6 +87,7 @@ def load_tree(path: str | Path, like: Any) -> Any:
     if not path.is_dir():
         raise FileNotFoundError(f"no checkpoint folder '{path}'")
     try:
+        _check_files(path)
         with ocp.StandardCheckpointer() as checkpointer:
             stored = _leaves(checkpointer.metadata(path).item_metadata.tree)
             # Compared before anything is read: orbax casts to other types, and refuses other shapes halfway.

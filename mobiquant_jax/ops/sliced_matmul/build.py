@@ -9,6 +9,7 @@ import functools
 import hashlib
 import os
 import shutil
+import site
 import subprocess
 import tempfile
 from pathlib import Path
@@ -28,9 +29,11 @@ _FLAGS = (
 
 
 def find_nvcc() -> str | None:
-    """The CUDA compiler: on the path, or under ``$CUDA_HOME``; None where there is none."""
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return shutil.which("nvcc") or shutil.which("nvcc", path=str(Path(home) / "bin"))
+    """The CUDA compiler: on the path, under ``$CUDA_HOME``, or the one of PyPI's ``nvidia-cuda-nvcc``; or None."""
+    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
+    packaged = [Path(folder) / "nvidia" / "cu13" / "bin" for folder in site.getsitepackages()]
+    candidates = [None, *(str(folder) for folder in (home / "bin", *packaged))]  # None: the path
+    return next(filter(None, (shutil.which("nvcc", path=path) for path in candidates)), None)
 
 
 @functools.cache
@@ -77,7 +80,8 @@ def build(groups: int) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / target.name
-        command = [nvcc, *flags, f"-I{include}", "-o", str(made), str(_SOURCES / "ffi.cu")]
+        libraries = Path(nvcc).parents[1] / "lib"  # of the package; a toolkit finds its own
+        command = [nvcc, *flags, f"-I{include}", f"-L{libraries}", "-o", str(made), str(_SOURCES / "ffi.cu")]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
             raise NotImplementedError(f"nvcc failed: {_first_error(result.stdout + result.stderr)}")

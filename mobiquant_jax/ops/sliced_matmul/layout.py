@@ -5,9 +5,10 @@ exact inverse. Outputs are cut into tiles of 16 and inputs into blocks of 128. O
 contiguous bytes, 16 for each of a warp's 32 lanes. Word ``c`` of a lane holds the codes of
 
     output  lane // 4 + 8 * (c % 2)
-    inputs  16 * j + 8 * (c // 2) + 2 * (lane % 4) + {0, 1}        for j = 0..7
+    inputs  32 * i + 16 * s + 8 * (c // 2) + 2 * (lane % 4) + p        for i = 0..3, s = 0..1, p = 0..1
 
-at bits ``2 * j`` and ``16 + 2 * j``: what ``mma.m16n8k16`` expects as its A operand. Depth ``k`` reads ``k`` planes.
+at bit ``2 * i`` of byte ``2 * s + p``. Masked, a word is a register of the A operand of ``mma.m16n8k32``, four inputs
+as bytes; two of the bytes are a register of ``mma.m16n8k16``. Depth ``k`` reads ``k`` planes.
 """
 
 from collections.abc import Sequence
@@ -132,9 +133,9 @@ def _tile_layer(weight: SlicedWeight) -> tuple[tuple[Array, ...], Array]:
 def _tile_codes(codes: UInt8[Array, "in out"]) -> UInt32[Array, "tiles blocks 32 4"]:
     codes = jnp.pad(codes, ((0, -codes.shape[0] % BLOCK_INPUTS), (0, -codes.shape[1] % TILE_OUTPUTS)))
     blocks, tiles = codes.shape[0] // BLOCK_INPUTS, codes.shape[1] // TILE_OUTPUTS
-    # inputs: block, j, half, quad, pair; outputs: tile, half, row
-    split = codes.reshape(blocks, 8, 2, 4, 2, tiles, 2, 8)
-    fields = split.transpose(4, 1, 5, 0, 7, 3, 2, 6)  # pair, j, tile, block, row, quad, input half, output half
+    # inputs: block, i, s, half, quad, p; outputs: tile, half, row
+    split = codes.reshape(blocks, 4, 2, 2, 4, 2, tiles, 2, 8)
+    fields = split.transpose(2, 5, 1, 6, 0, 8, 4, 3, 7)  # s, p, i, tile, block, row, quad, input half, output half
     words = pack(fields.reshape(16, -1), 2)
     return words.reshape(tiles, blocks, 32, 4)
 
@@ -164,5 +165,5 @@ def _untile_layer(tiled: TiledWeight, planes: tuple[Array, ...], affine: Array, 
 
 def _untile_codes(words: UInt32[Array, "tiles blocks 32 4"]) -> UInt8[Array, "in out"]:
     tiles, blocks = words.shape[:2]
-    fields = unpack(words.reshape(1, -1), 2, 16).reshape(2, 8, tiles, blocks, 8, 4, 2, 2)
-    return fields.transpose(3, 1, 6, 5, 0, 2, 7, 4).reshape(blocks * BLOCK_INPUTS, tiles * TILE_OUTPUTS)
+    fields = unpack(words.reshape(1, -1), 2, 16).reshape(2, 2, 4, tiles, blocks, 8, 4, 2, 2)
+    return fields.transpose(4, 2, 0, 7, 6, 1, 3, 8, 5).reshape(blocks * BLOCK_INPUTS, tiles * TILE_OUTPUTS)

@@ -1,11 +1,10 @@
 // What the decode and the prefill kernel share: the tiled layout and its scales.
 //
 // The layout (layout.py writes it): outputs in tiles of 16, inputs in blocks of 128. One slice of one (tile, block) is
-// 512 contiguous bytes, 16 per lane, in the order in which mma.m16n8k16 wants its A operand: word c of a lane holds, for
-// all eight matrix instructions j of the block, register a_c, i.e. the codes of
+// 512 contiguous bytes, 16 per lane. Word c of a lane holds the codes of
 //     output  lane / 4 + 8 (c % 2)
-//     inputs  16 j + 8 (c / 2) + 2 (lane % 4) + {0, 1}
-// at bits 2j and 16 + 2j.
+//     inputs  32 i + 16 s + 8 (c / 2) + 2 (lane % 4) + p        for i = 0..3, s = 0..1, p = 0..1
+// at bit 2i of byte 2s + p.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -50,16 +50,25 @@ int processors() {
 
 template <int NT>
 ffi::Error launch_decode(cudaStream_t stream, const DecodeArgs& args) {
-  constexpr int kWarps = NT * kGroups >= 4 ? 8 : 16;  // fewer warps where a lane needs more registers
-  constexpr int kSlots = kGroups == 1 ? 9 : 6;
-  using Shape = DecodeShape<NT, kGroups, kWarps, kSlots, Pipe::kAsync>;
-  const auto kernel = decode_kernel<NT, kGroups, kWarps, 1, kSlots, Pipe::kAsync>;
+  constexpr int kWarps = 16, kSlots = 6;
+  using Shape = DecodeShape<kGroups, kWarps, kSlots>;
+  const auto kernel = decode_kernel<NT, kGroups, kWarps, 1, kSlots>;
   const int shared = Shape::total(args.tokens, (args.weights.blocks + args.splits - 1) / args.splits);
   if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared))
     return check(error);
   const int walkers = std::max(1, std::min(args.weights.tiles, processors() / args.splits));
-  kernel<<<walkers * args.splits, Shape::kThreads, shared, stream>>>(args);
-  return check(cudaGetLastError());
+  // Where the kernel before is launched by the same stream, this one's blocks may start while that one ends.
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = walkers * args.splits;
+  config.blockDim = Shape::kThreads;
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = 1;
+  return check(cudaLaunchKernelEx(&config, kernel, args));
 }
 
 ffi::Error decode(cudaStream_t stream, ffi::Buffer<ffi::BF16> x, ffi::Buffer<ffi::S32> depth,
@@ -75,7 +84,8 @@ ffi::Error decode(cudaStream_t stream, ffi::Buffer<ffi::BF16> x, ffi::Buffer<ffi
   args.splits = static_cast<int>(out->dimensions()[0]);
   args.tokens = static_cast<int>(x.dimensions()[0]);
   args.inputs = static_cast<int>(x.dimensions()[1]);
-  return args.tokens <= 8 ? launch_decode<1>(stream, args) : launch_decode<2>(stream, args);
+  if (args.tokens <= 4) return launch_decode<1>(stream, args);
+  return args.tokens <= 8 ? launch_decode<2>(stream, args) : launch_decode<4>(stream, args);
 }
 
 template <typename Out>

@@ -164,7 +164,7 @@ __device__ __forceinline__ void load_raw(RawBlock<GB>& raw, const PrefillArgs& a
   for (int g = 0; g < GB; ++g) raw.affine[g] = __ldg(args.weights.affine + (piece * GB + g) * 8 + lane / 4);
 }
 
-// Bytes of codes, of word c for instructions (0, 4), (2, 6), (1, 5), (3, 7): low pair member in bytes 0 and 1.
+// Bytes of codes, of word c for instructions (0, 1), (4, 5), (2, 3), (6, 7).
 __device__ __forceinline__ void merge_codes(uint32_t (&bytes)[4], uint32_t w1, uint32_t w2, uint32_t w3, uint32_t w4) {
   constexpr uint32_t kHigh = 0xcccccccc, kLow = 0x33333333, kUpper = 0xf0f0f0f0, kLower = 0x0f0f0f0f;
   const uint32_t even = ((w1 << 2) & kHigh) | (w2 & kLow), odd = (w1 & kHigh) | ((w2 >> 2) & kLow);
@@ -178,11 +178,11 @@ __device__ __forceinline__ void merge_codes(uint32_t (&bytes)[4], uint32_t w1, u
 // A operand of instruction j.
 __device__ __forceinline__ void dequantize(uint32_t (&a)[4], const uint32_t (&bytes)[4][4], int j, const float (&scale)[2],
                                   const float (&offset)[2]) {
-  const int word = (j & 1) * 2 + (j >> 1 & 1), byte = j >> 2;
+  const int word = (j >> 1 & 1) * 2 + (j >> 2), byte = j % 2 * 2;
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
     const float low = __uint_as_float(__byte_perm(bytes[c][word], 0x44000000u, 0x7404 | byte << 4));
-    const float high = __uint_as_float(__byte_perm(bytes[c][word], 0x44000000u, 0x7404 | (byte + 2) << 4));
+    const float high = __uint_as_float(__byte_perm(bytes[c][word], 0x44000000u, 0x7404 | (byte + 1) << 4));
     a[c] = pack_bf16(fmaf(scale[c & 1], low, offset[c & 1]), fmaf(scale[c & 1], high, offset[c & 1]));
   }
 }
@@ -259,7 +259,7 @@ __device__ __forceinline__ void consume(const PrefillArgs& args, const Plan& pla
     // Transposed through shared memory, so that a token's 64 outputs leave as one row.
     const int group = warp / 4, member = warp % 4;
     const uint32_t rows = staging + group * (kTileTokens * 128);
-    sync_named<128>(2 + group);  // the rows of the item before have been read
+    sync_threads<128>(2 + group);  // the rows of the item before have been read
 #pragma unroll
     for (int n = 0; n < 8 * U; n += 2) {
       const float* d = &acc[n / 8][n % 8 * 4];
@@ -268,7 +268,7 @@ __device__ __forceinline__ void consume(const PrefillArgs& args, const Plan& pla
       const int column = 8 * (n + lane / 16) + lane % 8, chunk = 2 * member + lane / 8 % 2;
       store_matrices_transposed(rows + column * 128 + (chunk ^ (column & 7)) * 16, packed);
     }
-    sync_named<128>(2 + group);
+    sync_threads<128>(2 + group);
     __nv_bfloat16* out = static_cast<__nv_bfloat16*>(args.out);
     for (int i = threadIdx.x % 128; i < 64 * U * 8; i += 128) {
       const int column = i / 8, chunk = i % 8, tile = item.tile + 4 * group + chunk / 2;

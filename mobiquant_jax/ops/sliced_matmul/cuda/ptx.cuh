@@ -20,33 +20,24 @@ __device__ inline uint4 load_shared16(uint32_t from) {
   return v;
 }
 
-__device__ inline uint2 load_shared8(uint32_t from) {
-  uint2 v;
-  asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(from) : "memory");
-  return v;
+// D[16, 8] = A[16, 32] B[32, 8] of unsigned and signed bytes, fragments spread over the warp.
+__device__ inline void mma_bytes(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
+      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(0));
 }
 
-// D[16, 8] += A[16, 16] B[16, 8], fragments spread over the warp.
-__device__ inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// A barrier among the first `kThreads` threads of the block.
+// A barrier among `kThreads` threads; different `id`s are independent. To arrive is not to wait.
 template <int kThreads>
-__device__ inline void sync_threads() {
-  asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
+__device__ inline void sync_threads(int id) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
+}
+template <int kThreads>
+__device__ inline void arrive_threads(int id) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
 }
 
 // Asynchronous copies to shared memory by one thread; they complete in groups, in order.
-__device__ inline void copy_async16(uint32_t to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
-__device__ inline void copy_async8(uint32_t to, const void* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from) : "memory");
-}
 __device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
 __device__ inline void copy_async_wait() {
@@ -76,6 +67,10 @@ __device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
       : "memory");
 }
 
+// Between kernels of one stream: lets the next one start its blocks early, and waits for the one before to be complete.
+__device__ inline void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ inline void wait_for_dependencies() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
 // A hint for data that is read once.
 __device__ inline uint64_t evict_first() {
   uint64_t policy;
@@ -98,12 +93,6 @@ __device__ inline void copy_async16_or_zero(uint32_t to, const void* from, bool 
 
 // Orders this thread's writes to shared memory before reads by the tensor cores.
 __device__ inline void fence_shared_to_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-// A barrier among `kThreads` threads; different `id`s are independent.
-template <int kThreads>
-__device__ inline void sync_named(int id) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
-}
 
 template <int kRegisters>
 __device__ inline void take_registers() {

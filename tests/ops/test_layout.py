@@ -66,8 +66,10 @@ def test_what_cannot_be_tiled_or_multiplied_says_why(stacked_weights):
     with pytest.raises(ValueError, match="group size 48"):
         tile_weight([odd])
     x, depth = jnp.ones((1, 160)), jnp.ones(1, jnp.int32)
-    with pytest.raises(ValueError, match="layer 0 needs"):
+    with pytest.raises(ValueError, match="layer 0 does not fit a single kernel"):
         sliced_matmul(x, one, depth, layer=0)
+    with pytest.raises(ValueError, match="layer None does not fit stacked"):
+        sliced_matmul(x, weight, depth)
     with pytest.raises(NotImplementedError, match="TiledWeight"):
         sliced_matmul(x, one, depth, implementation="gpu")
     with pytest.raises(NotImplementedError, match="Hopper"):

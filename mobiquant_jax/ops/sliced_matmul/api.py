@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int
 
-from mobiquant_jax.ops.sliced_matmul import gpu, grouped, reference
+from mobiquant_jax.ops.sliced_matmul import gpu, grouped, reference, tpu
 from mobiquant_jax.ops.sliced_matmul.layout import TiledWeight, untile_weight
 from mobiquant_jax.quant import SlicedWeight
 
-Implementation = Literal["reference", "grouped", "gpu"]
+Implementation = Literal["reference", "grouped", "gpu", "tpu"]
 _XLA = {"reference": reference.sliced_matmul, "grouped": grouped.sliced_matmul}
-_IMPLEMENTATIONS = (*_XLA, "gpu")
+_IMPLEMENTATIONS = (*_XLA, "gpu", "tpu")
 
 
 def sliced_matmul(
@@ -33,12 +33,13 @@ def sliced_matmul(
 
     Args:
         x: activations; their dtype is the dtype of the multiplication, which accumulates in float32.
-        weight: one sliced kernel, or all layers' kernels in the serving layout.
+        weight: one sliced kernel, or those of all layers stacked, or the same in the serving layout.
         depth: slices each token reads, 1..E: ``[*batch]``, or ``[S, *batch]`` for each of S fused linears.
-        layer: index into the layers of a `TiledWeight`, which is not copied; 0 if None.
-        implementation: ``"reference"`` (one matmul a depth), ``"grouped"`` (tokens sorted by depth) or ``"gpu"`` (CUDA
-            kernels on a `TiledWeight`). By default ``"gpu"`` for a `TiledWeight` on a GPU, else grouped where there
-            are enough tokens to fill tiles; what the kernels cannot do falls back with one notice.
+        layer: index into stacked layers, which the kernels read in place; a `TiledWeight` has one layer if None.
+        implementation: ``"reference"`` (one matmul a depth), ``"grouped"`` (tokens sorted by depth), ``"gpu"`` (CUDA
+            kernels on a `TiledWeight`) or ``"tpu"`` (Pallas, on a `SlicedWeight`). By default the platform's kernel
+            where the weight is in its layout, else grouped where there are enough tokens to fill tiles; what the
+            kernels cannot do falls back with one notice.
         dtype: of the result.
 
     Returns:
@@ -57,47 +58,65 @@ def sliced_matmul(
         )
     if implementation is not None and implementation not in _IMPLEMENTATIONS:
         raise ValueError(f"implementation {implementation!r} is none of {sorted(_IMPLEMENTATIONS)}")
-    if layer is not None and not isinstance(weight, TiledWeight):
-        raise ValueError(f"layer {layer} needs a weight in the serving layout")
+    if layer is None and isinstance(weight, TiledWeight) and weight.layers == 1:
+        layer = 0
+    stacked = isinstance(weight, TiledWeight) or weight.scale.ndim == 3
+    if stacked != (layer is not None):
+        raise ValueError(f"layer {layer} does not fit {'stacked weights' if stacked else 'a single kernel'}")
     rows = x.reshape(-1, x.shape[-1])
     depths = jnp.broadcast_to(depth.astype(jnp.int32).reshape(-1, rows.shape[0]), (segments, rows.shape[0]))
     with jax.named_scope("sliced_matmul"):
-        if isinstance(weight, TiledWeight):
-            y = _tiled(rows, weight, depths, jnp.asarray(0 if layer is None else layer), implementation, dtype)
-        elif implementation == "gpu":
-            raise NotImplementedError("the CUDA kernels read a TiledWeight: see tile_weight")
-        else:
-            y = _xla(rows, weight, depths[0], implementation).astype(dtype)
-    return y.reshape(*batch, -1)
+        y = _platform_kernel(rows, weight, depths, layer, implementation, dtype)
+        if y is None:
+            y = _xla(rows, weight, depths, layer, implementation)
+    return y.astype(dtype).reshape(*batch, -1)
 
 
-def _tiled(
+def _platform_kernel(
     rows: Float[Array, "N in"],
-    weight: TiledWeight,
+    weight: SlicedWeight | TiledWeight,
     depths: Int[Array, "S N"],
-    layer: Int[Array, ""],
+    layer: ArrayLike | None,
     implementation: Implementation | None,
     dtype: DTypeLike,
-) -> Float[Array, "N out"]:
-    if implementation == "gpu" or (implementation is None and jax.default_backend() == "gpu"):
-        try:
-            return gpu.sliced_matmul(rows, weight, depths, layer, dtype)
-        except NotImplementedError as reason:
-            if implementation == "gpu":
-                raise
-            _notice(str(reason))
-    one = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer), weight)
-    kernels = [jax.tree.map(lambda leaf: leaf[0], kernel) for kernel in untile_weight(one)]
-    outputs = [_xla(rows, kernel, depth, implementation) for kernel, depth in zip(kernels, depths, strict=True)]
-    return jnp.concatenate(outputs, axis=1).astype(dtype)
+) -> Float[Array, "N out"] | None:
+    """The GPU's or TPU's own kernel where asked for, or where this is its platform and layout; else None."""
+    tiled = isinstance(weight, TiledWeight)
+    wanted = implementation or {("gpu", True): "gpu", ("tpu", False): "tpu"}.get((jax.default_backend(), tiled))
+    try:
+        if wanted == "gpu":
+            if not isinstance(weight, TiledWeight):
+                raise NotImplementedError("the CUDA kernels read a TiledWeight: see tile_weight")
+            return gpu.sliced_matmul(rows, weight, depths, jnp.asarray(layer), dtype)
+        if wanted == "tpu":
+            if isinstance(weight, TiledWeight) or jax.default_backend() != "tpu":
+                raise NotImplementedError("the TPU kernel reads a SlicedWeight on a TPU")
+            return tpu.sliced_matmul(rows, weight, depths[0], 0 if layer is None else layer)
+    except NotImplementedError as reason:
+        if implementation is not None:
+            raise
+        _notice(str(reason))
+    return None
 
 
 def _xla(
-    rows: Float[Array, "N in"], weight: SlicedWeight, depth: Int[Array, " N"], implementation: Implementation | None
+    rows: Float[Array, "N in"],
+    weight: SlicedWeight | TiledWeight,
+    depths: Int[Array, "S N"],
+    layer: ArrayLike | None,
+    implementation: Implementation | None,
 ) -> Float[Array, "N out"]:
     if implementation is None:
         implementation = "grouped" if rows.shape[0] >= 2 * grouped.TILE else "reference"
-    return _XLA[implementation](rows, weight, depth)
+    if layer is not None:
+        weight = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer), weight)
+        stacks = untile_weight(weight) if isinstance(weight, TiledWeight) else (weight,)
+        kernels = [jax.tree.map(lambda leaf: leaf[0], kernel) for kernel in stacks]
+    else:
+        assert isinstance(weight, SlicedWeight)
+        kernels = [weight]
+    outputs = [_XLA[implementation](rows, kernel, depth) for kernel, depth in zip(kernels, depths, strict=True)]
+    return jnp.concatenate(outputs, axis=1)
 
 
 @functools.cache

@@ -49,26 +49,18 @@ int processors() {
 }
 
 template <int NT>
-ffi::Error launch_decode(cudaStream_t stream, const DecodeArgs& args) {
-  constexpr int kWarps = 16, kSlots = 6;
+ffi::Error launch_decode(cudaStream_t stream, DecodeArgs args, int splits) {
+  constexpr int kWarps = 16, kSlots = kGroups == 4 ? 6 : 8;
   using Shape = DecodeShape<kGroups, kWarps, kSlots>;
-  const auto kernel = decode_kernel<NT, kGroups, kWarps, 1, kSlots>;
-  const int shared = Shape::total(args.tokens, (args.weights.blocks + args.splits - 1) / args.splits);
+  const auto kernel = decode_kernel<NT, kGroups, kWarps, kSlots>;
+  args.split_blocks = (args.weights.blocks + splits - 1) / splits;
+  args.reduced_tiles = reduced_tiles(kWarps, args.tokens);
+  const int shared = Shape::total(args.tokens, args.split_blocks);
   if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared))
     return check(error);
-  const int walkers = std::max(1, std::min(args.weights.tiles, processors() / args.splits));
-  // Where the kernel before is launched by the same stream, this one's blocks may start while that one ends.
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = walkers * args.splits;
-  config.blockDim = Shape::kThreads;
-  config.dynamicSmemBytes = shared;
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = 1;
-  return check(cudaLaunchKernelEx(&config, kernel, args));
+  const int walkers = std::max(1, std::min(args.weights.tiles, processors() / splits));
+  kernel<<<dim3(walkers, splits), Shape::kThreads, shared, stream>>>(args);
+  return check(cudaGetLastError());
 }
 
 ffi::Error decode(cudaStream_t stream, ffi::Buffer<ffi::BF16> x, ffi::Buffer<ffi::S32> depth,
@@ -81,11 +73,11 @@ ffi::Error decode(cudaStream_t stream, ffi::Buffer<ffi::BF16> x, ffi::Buffer<ffi
   args.x = reinterpret_cast<const __nv_bfloat16*>(x.typed_data());
   args.depth = depth.typed_data();
   args.out = out->typed_data();
-  args.splits = static_cast<int>(out->dimensions()[0]);
+  const int splits = static_cast<int>(out->dimensions()[0]);
   args.tokens = static_cast<int>(x.dimensions()[0]);
   args.inputs = static_cast<int>(x.dimensions()[1]);
-  if (args.tokens <= 4) return launch_decode<1>(stream, args);
-  return args.tokens <= 8 ? launch_decode<2>(stream, args) : launch_decode<4>(stream, args);
+  if (args.tokens <= 4) return launch_decode<1>(stream, args, splits);
+  return args.tokens <= 8 ? launch_decode<2>(stream, args, splits) : launch_decode<4>(stream, args, splits);
 }
 
 template <typename Out>

@@ -1,9 +1,9 @@
 // The prefill kernel: many tokens against a sliced weight at about the speed of one dense bfloat16 product.
 //
 // Tokens sorted by depth form at most four runs, cut into tiles of up to 256 tokens of one depth. A work item is such a
-// tile times 128 outputs. Weights go packed -> registers -> wgmma's A operand: eight instructions' codes of all slices are
-// merged into bytes (one logic operation a weight), moved into the mantissa of 512 (one), scaled and centred in float32
-// (one) and rounded to bfloat16 in pairs, while the tensor cores run the instruction before:
+// tile times 128 outputs. Weights go packed -> registers -> wgmma's A operand: eight instructions' codes of all slices
+// are merged into bytes (one logic operation a weight), moved into the mantissa of 512 (one), scaled and centred in
+// float32 (one) and rounded to bfloat16 in pairs, while the tensor cores run the instruction before:
 //     W = s v + s (2^(1 - 2 depth) - z / 64 - 512),   v = 512 + Q / 64,   Q the 8-bit code without the slices not read
 // At 256 tokens that is 28 issue slots a warp for 128 cycles of its tensor core.
 //
@@ -151,8 +151,8 @@ struct RawBlock {
 };
 
 template <int GB>
-__device__ __forceinline__ void load_raw(RawBlock<GB>& raw, const PrefillArgs& args, size_t layer, const PrefillItem& item,
-                                int warp, int lane, int block) {
+__device__ __forceinline__ void load_raw(RawBlock<GB>& raw, const PrefillArgs& args, size_t layer,
+                                         const PrefillItem& item, int warp, int lane, int block) {
   const int tile = min(item.tile + warp, item.end_tile - 1);
   const size_t piece = (layer * args.weights.tiles + tile) * args.weights.blocks + block;
 #pragma unroll
@@ -176,8 +176,8 @@ __device__ __forceinline__ void merge_codes(uint32_t (&bytes)[4], uint32_t w1, u
 }
 
 // A operand of instruction j.
-__device__ __forceinline__ void dequantize(uint32_t (&a)[4], const uint32_t (&bytes)[4][4], int j, const float (&scale)[2],
-                                  const float (&offset)[2]) {
+__device__ __forceinline__ void dequantize(uint32_t (&a)[4], const uint32_t (&bytes)[4][4], int j,
+                                           const float (&scale)[2], const float (&offset)[2]) {
   const int word = (j >> 1 & 1) * 2 + (j >> 2), byte = j % 2 * 2;
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
@@ -188,9 +188,9 @@ __device__ __forceinline__ void dequantize(uint32_t (&a)[4], const uint32_t (&by
 }
 
 template <int GB, int U, typename Out>
-__device__ __forceinline__ void consume(const PrefillArgs& args, const Plan& plan, size_t layer, const PrefillItem& item,
-                        const PrefillItem& following, RawBlock<GB>& raw, Ring& ring, uint32_t stages, uint32_t full,
-                        uint32_t empty, uint32_t staging) {
+__device__ __forceinline__ void consume(const PrefillArgs& args, const Plan& plan, size_t layer,
+                                        const PrefillItem& item, const PrefillItem& following, RawBlock<GB>& raw,
+                                        Ring& ring, uint32_t stages, uint32_t full, uint32_t empty, uint32_t staging) {
   const int warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
   const float middle = __int_as_float((128 - 2 * item.depth) << 23);
   float acc[U][32];

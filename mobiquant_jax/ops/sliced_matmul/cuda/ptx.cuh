@@ -11,6 +11,12 @@ __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+__device__ inline uint2 load_shared8(uint32_t from) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(from) : "memory");
+  return v;
+}
+
 __device__ inline uint4 load_shared16(uint32_t from) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -18,6 +24,14 @@ __device__ inline uint4 load_shared16(uint32_t from) {
                : "r"(from)
                : "memory");
   return v;
+}
+
+// Keeps a value in a register: without, the compiler derives it again from the thread's index in every iteration.
+template <typename T>
+__device__ __forceinline__ T keep(T value) {
+  static_assert(sizeof(T) == 4);
+  asm volatile("" : "+r"(value));
+  return value;
 }
 
 // D[16, 8] = A[16, 32] B[32, 8] of unsigned and signed bytes, fragments spread over the warp.
@@ -67,10 +81,6 @@ __device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
       : "memory");
 }
 
-// Between kernels of one stream: lets the next one start its blocks early, and waits for the one before to be complete.
-__device__ inline void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-__device__ inline void wait_for_dependencies() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-
 // A hint for data that is read once.
 __device__ inline uint64_t evict_first() {
   uint64_t policy;
@@ -79,9 +89,9 @@ __device__ inline uint64_t evict_first() {
 }
 __device__ inline void copy_bulk(uint32_t to, const void* from, int bytes, uint32_t barrier, uint64_t policy) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
-          to),
-      "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+      :
+      : "r"(to), "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
       : "memory");
 }
 
@@ -131,8 +141,8 @@ __device__ __forceinline__ void wgmma_keep(float (&d)[32]) {
 }
 // B as rows of n tokens by 64 inputs, 128 bytes each, 128-byte swizzle, first row on a multiple of 1024 bytes.
 __device__ inline uint64_t wgmma_descriptor(uint32_t address) {
-  return (static_cast<uint64_t>(1) << 62) | (static_cast<uint64_t>(1024 >> 4) << 32) | (static_cast<uint64_t>(1) << 16) |
-         ((address & 0x3ffff) >> 4);
+  constexpr uint64_t kLayout = 1ull << 62 | (1024ull >> 4) << 32 | 1ull << 16;
+  return kLayout | ((address & 0x3ffff) >> 4);
 }
 __device__ __forceinline__ void wgmma_n64(float (&d)[32], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
   asm volatile(
@@ -147,7 +157,8 @@ __device__ __forceinline__ void wgmma_n64(float (&d)[32], const uint32_t (&a)[4]
         "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));
 }
-__device__ __forceinline__ void wgmma_n128(float (&d)[32], float (&e)[32], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+__device__ __forceinline__ void wgmma_n128(float (&d)[32], float (&e)[32], const uint32_t (&a)[4], uint64_t b,
+                                           bool accumulate) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"

@@ -1,16 +1,23 @@
-"""Shared fixtures: where the real data lies, and eight fake CPU devices for the sharding tests."""
+"""Shared fixtures: where the real data lies, the scripts, and eight fake CPU devices for the sharding tests."""
 
+import contextlib
+import io
 import os
+import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from absl import flags
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared" / "data"
 
 
 @pytest.fixture(scope="session")
@@ -19,6 +26,40 @@ def shared_data() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"no real data at {SHARED}")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def run_script():
+    """``(name, *arguments) -> CompletedProcess``: experiments/NAME.py in a process of its own, as a user runs it."""
+
+    def run(name, *arguments, **environment):
+        env = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+        command = [sys.executable, f"experiments/{name}.py", *arguments]
+        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+
+    return run
+
+
+@pytest.fixture
+def call_script(monkeypatch):
+    """`run_script` in this process: seconds less, for a case of many. The flags that the script defines are undone."""
+    monkeypatch.chdir(ROOT)
+
+    def call(name, *arguments):
+        path = f"experiments/{name}.py"
+        monkeypatch.setattr(sys, "argv", [path, *arguments])
+        known = set(flags.FLAGS)
+        out, err = io.StringIO(), io.StringIO()
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as stop:
+                runpy.run_path(path, run_name="__main__")
+        finally:
+            for flag in set(flags.FLAGS) - known:
+                delattr(flags.FLAGS, flag)
+            flags.FLAGS.unparse_flags()
+        return subprocess.CompletedProcess([path, *arguments], stop.value.code, out.getvalue(), err.getvalue())
+
+    return call
 
 
 @pytest.fixture(scope="session")

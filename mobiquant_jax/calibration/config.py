@@ -29,14 +29,20 @@ class CalibrationConfig:
         loss: block error: ``"mse"``; ``"relative"``, each token's error over its energy, so that an attention sink
             counts as one token; ``"log_relative"``, its logarithm, which gives every budget the same pull.
         propagated_weight: weight of a second target, the full-precision block on the quantized stream.
-        end_epochs: epochs of end-to-end tuning on the model's own logits, after the blocks; 0 for none. Needs memory
-            for the whole model, its gradients and its optimizer.
+        end_nested_epochs: epochs of end-to-end tuning on the model's own logits, after the blocks, all tokens of a
+            step at one width. Needs memory for the whole model, its gradients and its optimizer.
+        end_joint_epochs: further epochs of it, slices and routers together.
+        end_joint_windows: windows of such an epoch, whose steps cost as many matmuls as there are slices; 0 for all.
         end_batch_size: windows a step of it.
         end_weight_lr: peak learning rate of the weights in it; 0 freezes them.
         end_clipping_lr: of the clipping logits.
         end_router_lr: of the routers.
-        end_log_loss: minimize the logarithm of the divergence, which gives every budget the same pull.
+        end_generated_windows: windows that the unquantized model writes itself to learn from; 0 for none.
+        end_generated_share: share of them in each epoch's windows.
+        end_save_seconds: its state is saved after the first epoch that ends so long after the last save: what a kill may
+            cost.
         temperature: of the gates' surrogate gradient.
+        dtype: type of the matmuls in training, ``"float32"`` or ``"bfloat16"``; parameters and errors are float32.
         penalty: lambda of the recipe "paper", ``lambda (B - B*(t))^2``.
         threshold_windows: calibration windows on which thresholds are recorded.
         threshold_scope: ``"linear"``, every linear meets the budget; ``"global"``, one threshold for all.
@@ -56,13 +62,18 @@ class CalibrationConfig:
     router_lr: float = 1e-3
     loss: str = "log_relative"
     propagated_weight: float = 0.0
-    end_epochs: int = 0
+    end_nested_epochs: int = 0
+    end_joint_epochs: int = 0
+    end_joint_windows: int = 0
     end_batch_size: int = 1
     end_weight_lr: float = 5e-5
     end_clipping_lr: float = 1e-3
     end_router_lr: float = 5e-4
-    end_log_loss: bool = False
+    end_generated_windows: int = 0
+    end_generated_share: float = 0.67
+    end_save_seconds: float = 60.0
     temperature: float = 1.0
+    dtype: str = "float32"
     penalty: float = 1.0
     threshold_windows: int = 16
     threshold_scope: str = "linear"
@@ -72,6 +83,7 @@ class CalibrationConfig:
         """Checks every field that can be checked without a model."""
         _one_of("calibration.recipe", self.recipe, RECIPES)
         _one_of("calibration.loss", self.loss, LOSSES)
+        _one_of("calibration.dtype", self.dtype, ("float32", "bfloat16"))
         _one_of("calibration.threshold_scope", self.threshold_scope, ("linear", "global"))
         levels = len(self.budgets)
         if not self.budgets or not all(2 <= bits <= 8 for bits in self.budgets):
@@ -88,20 +100,35 @@ class CalibrationConfig:
             raise ValueError(f"calibration.window_length={self.window_length} must be at least 2")
         if min(self.first_epochs, self.joint_epochs) < 0 or self.first_epochs + self.joint_epochs < 1:
             raise ValueError(f"calibration epochs {self.first_epochs} + {self.joint_epochs} must be at least 1")
-        if self.end_epochs < 0 or not 1 <= self.end_batch_size <= self.windows:
+        if not 1 <= self.end_batch_size <= self.windows:
+            raise ValueError(f"calibration.end_batch_size={self.end_batch_size} is outside 1..{self.windows}")
+        if self.end_joint_windows and not self.end_batch_size <= self.end_joint_windows <= self.windows:
             raise ValueError(
-                f"calibration.end_epochs={self.end_epochs} must not be negative and "
-                f"end_batch_size={self.end_batch_size} must lie in 1..{self.windows}"
+                f"calibration.end_joint_windows={self.end_joint_windows} is neither 0 nor in "
+                f"{self.end_batch_size}..{self.windows}"
             )
-        if self.recipe == "paper" and self.end_epochs:
-            raise ValueError(f"calibration.end_epochs={self.end_epochs}: the recipe 'paper' ends with the blocks")
-        for name in ("weight_lr", "clipping_lr", "router_lr", "end_weight_lr", "end_clipping_lr", "end_router_lr"):
+        for name in ("end_nested_epochs", "end_joint_epochs"):
+            if self.recipe == "paper" and getattr(self, name):
+                raise ValueError(f"calibration.{name}={getattr(self, name)}: the recipe 'paper' ends with the blocks")
+        if not 0 <= self.end_generated_share <= 1:
+            raise ValueError(f"calibration.end_generated_share={self.end_generated_share} is outside 0..1")
+        if not self.temperature > 0:
+            raise ValueError(f"calibration.temperature={self.temperature} must be positive")
+        for name in _NOT_NEGATIVE:
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"calibration.{name}={getattr(self, name)} must be finite and not negative")
-        if self.temperature <= 0:
-            raise ValueError(f"calibration.temperature={self.temperature} must be positive")
         if not 1 <= self.threshold_windows <= self.windows:
             raise ValueError(f"calibration.threshold_windows={self.threshold_windows} is outside 1..{self.windows}")
+
+    def check_slices(self, slice_bits: tuple[int, ...]) -> None:
+        """Raises ValueError unless every budget can be met: none lies below the first slice's bits."""
+        if min(self.budgets) < slice_bits[0]:
+            raise ValueError(f"calibration.budgets {self.budgets} start below the first slice's {slice_bits[0]} bits")
+
+    @property
+    def end_epochs(self) -> int:
+        """All epochs of end-to-end tuning."""
+        return self.end_nested_epochs + self.end_joint_epochs
 
     @property
     def samples_per_budget(self) -> int:
@@ -158,6 +185,22 @@ def stages(config: CalibrationConfig) -> tuple[Stage, ...]:
         ),
     )
     return tuple(stage for stage in both if stage.epochs)
+
+
+_NOT_NEGATIVE = (
+    "weight_lr",
+    "clipping_lr",
+    "router_lr",
+    "propagated_weight",
+    "end_nested_epochs",
+    "end_joint_epochs",
+    "end_generated_windows",
+    "end_weight_lr",
+    "end_clipping_lr",
+    "end_router_lr",
+    "penalty",
+    "seed",
+)
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

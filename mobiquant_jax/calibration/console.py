@@ -25,7 +25,8 @@ class ConsoleObserver:
         """See `Observer`."""
         self._blocks, self._start = blocks, time.perf_counter()
         if resumed:
-            print(f"{resumed} of {blocks} blocks are on disk already; continuing with block {resumed + 1}", flush=True)
+            following = f"continuing with block {resumed + 1}" if resumed < blocks else "none is left to train"
+            print(f"{resumed} of {blocks} blocks are on disk already; {following}", flush=True)
 
     def on_epoch(self, block: int, stage: str, epoch: int, epochs: int, error: float) -> None:
         """See `Observer`."""
@@ -46,6 +47,12 @@ class ConsoleObserver:
         )
         if report.note:
             print(f"  block {block + 1}: {report.note}", flush=True)
+
+    def on_generated(self, done: int, total: int) -> None:
+        """See `Observer`."""
+        if sys.stdout.isatty() or done == total:
+            erase, end = ("\r\x1b[K", "\n" if done == total else "") if sys.stdout.isatty() else ("", "\n")
+            print(f"{erase}calibration text by the model itself: {done} of {total}", end=end, flush=True)
 
     def on_tuned(self, epoch: int, epochs: int, divergence: float, healthy: bool, seconds: float) -> None:
         """See `Observer`."""

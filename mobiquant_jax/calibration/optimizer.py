@@ -37,23 +37,27 @@ def grouped_adamw(weight_lr: float, clipping_lr: float, router_lr: float, steps:
 def guarded_update(
     optimizer: optax.GradientTransformation, loss: Float[Array, ""], grads: Params, params: Params, state: Any
 ) -> tuple[Params, Any, Bool[Array, ""]]:
-    """One optimizer step, or none where the loss or the update is not finite.
+    """One optimizer step, or none where the loss or the gradient's norm is not finite.
+
+    The norm also catches a gradient whose square overflows: its second moment would never recover.
 
     Returns:
         The parameters, the optimizer's state, and whether the step was taken.
     """
+    finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
     updates, new_state = optimizer.update(grads, state, params)
-    finite = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(updates))
     new = (optax.apply_updates(params, updates), new_state)
     params, state = jax.tree.map(partial(jnp.where, finite), new, (params, state))
     return params, state, finite
 
 
 def _labels(params: Params) -> Any:
-    """The group of each leaf: the name below its linear."""
+    """The group of each leaf: the name below its linear. The head has a kernel too, which is not sliced."""
 
     def label(path: tuple[Any, ...], _: Array) -> str:
         names = [getattr(entry, "key", None) for entry in path]
+        if "lm_head" in names:
+            return "other"
         return next((name for name in GROUPS if name in names), "other")
 
     return jax.tree_util.tree_map_with_path(label, params)

@@ -1,7 +1,9 @@
 """The folder of a calibration run: what was asked for, the finished blocks, and what came out.
 
 run.json       config, fingerprints of model and data, provenance
+generated.npy  windows that the unquantized model wrote, where the recipe wants some
 blocks/NNN/    each finished block, until the checkpoint is complete
+tuned/NNN/     the last saved state of end-to-end tuning, until then too
 metrics.jsonl  a line a block
 checkpoint/    the elastic checkpoint
 """
@@ -12,6 +14,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from jaxtyping import Int
 
 _IDENTITY = ("config", "model", "data")
 
@@ -40,6 +45,17 @@ class RunDir:
         """The folder of one finished block."""
         return self.blocks / f"{index:03d}"
 
+    @property
+    def generated(self) -> Path:
+        """The windows that the unquantized model wrote."""
+        return self.path / "generated.npy"
+
+    def save_generated(self, windows: Int[np.ndarray, "G T"]) -> None:
+        """Writes them; the file appears only once it is complete."""
+        partial = self.generated.with_suffix(f".partial-{os.getpid()}.npy")
+        np.save(partial, windows)
+        partial.rename(self.generated)
+
     def tuned(self, epochs: int) -> Path:
         """The folder of the state after so many epochs of end-to-end tuning."""
         return self.path / "tuned" / f"{epochs:03d}"
@@ -54,9 +70,9 @@ class RunDir:
         shutil.rmtree(self.tuned(epochs), ignore_errors=True)
 
     def remove_intermediate(self) -> None:
-        """Frees the space of blocks and epochs, once the checkpoint is complete."""
-        shutil.rmtree(self.blocks, ignore_errors=True)
-        shutil.rmtree(self.path / "tuned", ignore_errors=True)
+        """Frees the space of blocks and epochs, once the checkpoint is complete, and of saves that were killed."""
+        for folder in (self.blocks, self.path / "tuned", *self.path.glob(f".{self.checkpoint.name}.*")):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def log(self, record: dict[str, Any]) -> None:
         """Appends a line to ``metrics.jsonl``."""
@@ -74,8 +90,9 @@ def open_run(path: str | Path, record: dict[str, Any], *, resume: bool, overwrit
         overwrite: delete the run that is there, if any.
 
     Raises:
-        ValueError: no path; both flags; a folder that holds something else; a run in the way without a flag; a run of
-            another config, model or data, naming what differs.
+        ValueError: no path; both flags; a file, or a folder that holds something else; a run in the way without a flag;
+            a damaged ``run.json``; a run of another config, model or data, naming what differs.
+        OSError: the folder cannot be made; nothing is left behind.
     """
     if not str(path):
         raise ValueError("run_dir is empty: give --config.run_dir=FOLDER")
@@ -83,20 +100,36 @@ def open_run(path: str | Path, record: dict[str, Any], *, resume: bool, overwrit
         raise ValueError("give one of --resume and --overwrite")
     run = RunDir(path=Path(path))
     manifest = run.path / "run.json"
+    if run.path.is_file():
+        raise ValueError(f"'{run.path}' is a file, not a folder: choose another run_dir")
     if not manifest.is_file() and run.path.is_dir() and any(run.path.iterdir()):
         raise ValueError(f"'{run.path}' holds files but no calibration run: choose another run_dir")
     if manifest.is_file() and not (resume or overwrite):
         raise ValueError(f"'{run.path}' holds a run: --resume continues it, --overwrite starts over")
     if manifest.is_file() and resume:
-        _check_same(json.loads(manifest.read_text()), json.loads(json.dumps(record)), run.path)
+        _check_same(_read_manifest(manifest), json.loads(json.dumps(record)), run.path)
         return run
-    if run.path.is_dir():
-        shutil.rmtree(run.path)
-    run.path.mkdir(parents=True)
-    partial = manifest.with_suffix(f".partial-{os.getpid()}")
-    partial.write_text(json.dumps(record, indent=2) + "\n")
-    partial.rename(manifest)
+    target = run.path.resolve()  # where a link leads, so that a run can lie on another disk
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        (partial / manifest.name).write_text(json.dumps(record, indent=2) + "\n")
+        if target.is_dir():
+            shutil.rmtree(target)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return run
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"'{path}' is not JSON ({error}): --overwrite starts over") from error
+    if not isinstance(manifest, dict):
+        raise ValueError(f"'{path}' holds no JSON object: --overwrite starts over")
+    return manifest
 
 
 def _check_same(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:

@@ -13,6 +13,7 @@ from mobiquant_jax.evaluation.perplexity import (
 )
 from mobiquant_jax.evaluation.report import format_table, plot_curve, write_json
 from mobiquant_jax.evaluation.token_bits import TokenBits, format_token_bits, measure_token_bits, plot_token_bits
+from mobiquant_jax.files import save_json
 
 __all__ = [
     "MAX_BITS",
@@ -30,5 +31,6 @@ __all__ = [
     "perplexity_step",
     "plot_curve",
     "plot_token_bits",
+    "save_json",
     "write_json",
 ]

@@ -1,31 +1,89 @@
-"""Settings of a calibration that make no sense are refused by name and value."""
+"""Recipes: every mistake is named, and the stages are what the recipe says."""
+
+import dataclasses
 
 import pytest
 
 from mobiquant_jax.calibration import CalibrationConfig
+from mobiquant_jax.calibration.config import Stage, stages
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("changes", "message"),
     [
-        (dict(recipe="papr"), "calibration.recipe='papr'"),
-        (dict(budgets=(1.5, 3.0)), "must lie in"),
+        (dict(recipe="papper"), "calibration.recipe='papper' is none of elastic, paper"),
+        (dict(loss="l1"), "calibration.loss='l1' is none of mse, relative, log_relative"),
+        (dict(threshold_scope="layer"), "calibration.threshold_scope='layer' is none of linear, global"),
+        (dict(budgets=()), "calibration.budgets must lie in [2, 8], got ()"),
+        (dict(budgets=(2.0, 8.5)), "calibration.budgets must lie in [2, 8], got (2.0, 8.5)"),
+        (dict(budgets=(1.0, 8.0)), "calibration.budgets must lie in [2, 8], got (1.0, 8.0)"),
+        (dict(budgets=(float("nan"), 8.0)), "calibration.budgets must lie in [2, 8], got (nan, 8.0)"),
+        (dict(budgets_per_window=0), "calibration.budgets_per_window=0 is outside 1..8"),
+        (dict(budgets_per_window=9), "calibration.budgets_per_window=9 is outside 1..8"),
+        (dict(windows=0), "calibration.windows=0 is no multiple of the 8 budgets"),
         (dict(windows=12), "calibration.windows=12 is no multiple of the 8 budgets"),
-        (dict(batch_size=3), "calibration.batch_size=3 does not divide 16"),
-        (dict(end_epochs=-1), "calibration.end_epochs=-1 must not be negative"),
-        (dict(end_batch_size=0), "end_batch_size=0 must lie in 1..128"),
-        (dict(end_batch_size=129), "end_batch_size=129 must lie in 1..128"),
-        (dict(recipe="paper", end_epochs=2), "calibration.end_epochs=2: the recipe 'paper'"),
-        (dict(weight_lr=-1e-4), "calibration.weight_lr=-0.0001"),
-        (dict(end_router_lr=float("nan")), "calibration.end_router_lr=nan"),
+        (dict(batch_size=0), "calibration.batch_size=0 does not divide 16 windows a budget"),
+        (dict(batch_size=3), "calibration.batch_size=3 does not divide 16 windows a budget"),
+        (dict(window_length=1), "calibration.window_length=1 must be at least 2"),
+        (dict(first_epochs=-1), "calibration epochs -1 + 10 must be at least 1"),
+        (dict(first_epochs=0, joint_epochs=0), "calibration epochs 0 + 0 must be at least 1"),
+        (dict(end_nested_epochs=-2), "calibration.end_nested_epochs=-2 must be finite and not negative"),
+        (
+            dict(recipe="paper", end_joint_epochs=2),
+            "calibration.end_joint_epochs=2: the recipe 'paper' ends with the blocks",
+        ),
+        (dict(end_joint_windows=129), "calibration.end_joint_windows=129 is neither 0 nor in 1..128"),
+        (dict(end_joint_windows=2, end_batch_size=4), "calibration.end_joint_windows=2 is neither 0 nor in 4..128"),
+        (dict(end_generated_share=1.5), "calibration.end_generated_share=1.5 is outside 0..1"),
+        (dict(end_generated_windows=-1), "calibration.end_generated_windows=-1 must be finite and not negative"),
+        (dict(dtype="float16"), "calibration.dtype='float16' is none of float32, bfloat16"),
+        (dict(end_batch_size=0), "calibration.end_batch_size=0 is outside 1..128"),
+        (dict(end_batch_size=129), "calibration.end_batch_size=129 is outside 1..128"),
+        (dict(temperature=0.0), "calibration.temperature=0.0 must be positive"),
+        (dict(temperature=float("nan")), "calibration.temperature=nan must be positive"),
+        (dict(threshold_windows=0), "calibration.threshold_windows=0 is outside 1..128"),
+        (dict(threshold_windows=129), "calibration.threshold_windows=129 is outside 1..128"),
+        *(
+            ({name: -1e-3}, f"calibration.{name}=-0.001 must be finite and not negative")
+            for name in ("weight_lr", "clipping_lr", "router_lr", "end_weight_lr", "end_clipping_lr", "end_router_lr")
+        ),
+        (dict(weight_lr=float("nan")), "calibration.weight_lr=nan must be finite and not negative"),
+        (dict(penalty=-1.0), "calibration.penalty=-1.0 must be finite and not negative"),
+        (dict(propagated_weight=-1.0), "calibration.propagated_weight=-1.0 must be finite and not negative"),
+        (dict(seed=-1), "calibration.seed=-1 must be finite and not negative"),
     ],
 )
-def test_a_setting_that_makes_no_sense_is_named(change, message):
+def test_a_mistake_is_named(changes, message):
     with pytest.raises(ValueError) as error:
-        CalibrationConfig(**change)
-    assert message in str(error.value)
+        CalibrationConfig(**changes)
+    assert str(error.value) == message
 
 
-def test_the_bounds_themselves_are_accepted():
-    assert CalibrationConfig(end_epochs=0, end_batch_size=128, weight_lr=0.0).end_batch_size == 128
-    assert CalibrationConfig(recipe="paper").end_epochs == 0
+def test_budgets_below_the_first_slice_are_refused():
+    config = CalibrationConfig(budgets=(3.0, 4.0, 8.0), windows=3, threshold_windows=3)
+    config.check_slices((2, 2, 2, 2))
+    config.check_slices((1, 1, 2, 4))
+    with pytest.raises(
+        ValueError, match=r"^calibration.budgets \(3.0, 4.0, 8.0\) start below the first slice's 4 bits$"
+    ):
+        config.check_slices((4, 4))
+
+
+def test_samples_per_budget():
+    assert CalibrationConfig(windows=24, budgets_per_window=3, threshold_windows=1).samples_per_budget == 9
+
+
+def test_stages_of_the_recipes():
+    rates = dict(weight_lr=1.0, clipping_lr=2.0, router_lr=3.0)
+    elastic = CalibrationConfig(first_epochs=4, joint_epochs=5, **rates)
+    paper = dataclasses.replace(elastic, recipe="paper")
+    assert stages(elastic) == (
+        Stage(name="nested", epochs=4, routing="uniform", weight_lr=1.0, clipping_lr=2.0, router_lr=0.0),
+        Stage(name="joint", epochs=5, routing="quantile", weight_lr=1.0, clipping_lr=2.0, router_lr=3.0),
+    )
+    assert stages(paper) == (
+        Stage(name="first slice", epochs=4, routing="first_slice", weight_lr=0.0, clipping_lr=2.0, router_lr=0.0),
+        Stage(name="joint", epochs=5, routing="penalty", weight_lr=0.0, clipping_lr=2.0, router_lr=3.0),
+    )
+    assert [stage.name for stage in stages(dataclasses.replace(paper, first_epochs=0))] == ["joint"]
+    assert [stage.name for stage in stages(dataclasses.replace(elastic, joint_epochs=0))] == ["nested"]

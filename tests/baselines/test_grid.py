@@ -112,7 +112,7 @@ def test_gradients_are_straight_through(bits: int):
     def total(weight, scale, zero, offset):
         return jnp.sum(upstream * round_to_grid(weight, scale, round_straight_through(zero), bits, offset))
 
-    found = jax.grad(total, argnums=(0, 1, 2, 3))(weight, scale, zero, offset)
+    found = jax.jit(jax.grad(total, argnums=(0, 1, 2, 3)))(weight, scale, zero, offset)
     to_weight, to_scale, to_zero = closed_form(
         weight, scale.astype(np.float64), zero.astype(np.float64), offset, bits, upstream
     )

@@ -89,14 +89,16 @@ def test_a_first_step_of_adam_is_the_rate_times_the_sign(spec, block):
             slope = np.asarray(getattr(gradient[path], name), np.float64)
             wanted = np.asarray(getattr(before, name)) - 0.02 * slope / (np.abs(slope) + 1e-8)
             np.testing.assert_allclose(getattr(trained[path], name), wanted, atol=2e-3)
-    settings = QATConfig(weight_lr=1e-3, scale_lr=2e-3)
+    settings = QATConfig(weight_lr=1e-3, scale_lr=2e-3, shrink_steps=5)  # some weights lie outside their range
     start, trained, gradient = one_step(qat, spec, block, settings, (3,))
     for name, rate in (("weight", 1e-3), ("scale", 2e-3), ("zero", 2e-3)):
         for path in start[name]:
             slope = np.asarray(gradient[name][path], np.float64)
             wanted = start[name][path] - rate * slope / (np.abs(slope) + 1e-8)
             close = np.abs(trained[name][path] - wanted) < 0.1 * rate
-            assert close.mean() > 0.97, (name, path)
+            # Where no weight is outside, a zero point's gradient is what two equal sums differ by in float32.
+            clear = np.abs(slope) > 1e-4 * np.abs(slope).max()
+            assert clear.mean() > 0.1 and close[clear].mean() > 0.97, (name, path)
 
 
 def test_before_any_step_the_kernels_are_those_of_rounding(spec, block):
@@ -129,23 +131,31 @@ def test_training_lowers_the_block_error_on_the_grid(method: str, spec, block):
         assert max(len(np.unique(groups[g, :, o])) for g in range(groups.shape[0]) for o in range(groups.shape[2])) <= 4
 
 
-def test_autoround_stays_in_its_ranges_and_keeps_the_best_step(spec, block):
-    settings = AutoRoundConfig(steps=30, batch_size=4, rounding_lr=0.2, clipping_lr=0.1)
+@pytest.mark.parametrize("rate", [0.01, 0.4])
+def test_autoround_keeps_the_best_of_the_steps_it_saw_and_stays_in_its_ranges(rate: float, spec, block):
+    settings = AutoRoundConfig(batch_size=4, rounding_lr=rate, clipping_lr=rate)
     task = make_task(spec, block, settings)
-    order = np.broadcast_to(np.arange(4, dtype=np.int32), (1, 30, 4))  # all windows each time: losses are comparable
-    kept, trained = build_fit(spec, autoround.parametrization(spec))(task, order)
-    last, _ = build_fit(spec, dataclasses.replace(autoround.parametrization(spec), keep_best=False))(task, order)
-    assert all(float(jnp.max(jnp.abs(leaf))) <= 0.5 for leaf in jax.tree.leaves(trained["offset"]))
-    assert all(
-        0 <= float(jnp.min(leaf)) and float(jnp.max(leaf)) <= 1
-        for leaf in jax.tree.leaves([trained["high"], trained["low"]])
-    )
-    assert error(spec, kept, task) <= error(spec, last, task) + 1e-7
-    assert error(spec, last, task) > 1.02 * error(spec, kept, task)  # at this rate the last step is not the best
+    published = autoround.parametrization(spec)
+    constant = dataclasses.replace(published, optimizer=lambda settings, _: published.optimizer(settings, 10**6))
+
+    def after(steps: int, keep_best: bool = False):
+        order = np.broadcast_to(np.arange(4, dtype=np.int32), (1, steps, 4))  # all windows: losses are comparable
+        return build_fit(spec, dataclasses.replace(constant, keep_best=keep_best))(task, order)
+
+    seen = [error(spec, after(steps)[0], task) for steps in range(1, 4)]
+    kernels = {path: round_to_nearest(kernel, GROUP, 2) for path, kernel in get_kernels(block, spec.config).items()}
+    rounded = jax.tree.map(lambda leaf: leaf[None], with_kernels(block, kernels))
+    kept, trained = after(4, keep_best=True)  # the outcome of its last step is not seen
+    assert error(spec, kept, task) == pytest.approx(min(error(spec, rounded, task), *seen), rel=1e-3)
+    _, last = after(3)
+    for leaf in jax.tree.leaves([trained["offset"], last["offset"]]):
+        assert float(jnp.max(jnp.abs(leaf))) <= 0.5
+    for leaf in jax.tree.leaves([last["high"], last["low"]]):
+        assert 0 <= float(jnp.min(leaf)) and float(jnp.max(leaf)) <= 1
 
 
 def test_runs_together_are_the_runs_alone(spec, block):
-    settings = [QATConfig(weight_lr=rate, epochs=2) for rate in (1e-3, 4e-3)]
+    settings = [QATConfig(weight_lr=rate, epochs=2) for rate in (1e-3, 2e-2)]
     assert program(settings[0]) == program(settings[1]) != program(QATConfig(epochs=3))
     together = qat.build(spec)(make_task(spec, block, settings, seeds=(5, 6)))
     for run, seed in enumerate((5, 6)):

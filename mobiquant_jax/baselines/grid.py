@@ -24,9 +24,19 @@ def check_bits(bits: int) -> None:
         raise ValueError(f"a fixed-width grid has {MIN_BITS} to {MAX_BITS} bits, got {bits}")
 
 
+@jax.custom_jvp
 def round_straight_through(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Rounds to the nearest integer; the gradient passes as if it did not."""
-    return x + jax.lax.stop_gradient(jnp.round(x) - x)
+    """Rounds to the nearest integer, exactly; the gradient passes as if it did not.
+
+    A compiler may fuse what precedes into ``x + stop_gradient(round(x) - x)`` and miss the integer by an ulp, which
+    would put weights of the two end codes outside the range.
+    """
+    return jnp.round(x)
+
+
+@round_straight_through.defjvp
+def _round_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    return round_straight_through(primals[0]), tangents[0]
 
 
 def scale_and_zero(

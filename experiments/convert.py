@@ -7,7 +7,8 @@
 --from is a Hugging Face folder, a GGUF file, package:NAME, or a checkpoint of this package. A checkpoint is
 dequantized at --bits, a whole number from 1 to 8: its own average widths (2.5, 3, ...) depend on the token, which a
 plain Hugging Face model cannot do, so every weight is read at one width. Without --dtype a model keeps its stored
-type (float32 from GGUF files and checkpoints).
+type (float32 from GGUF files and checkpoints). Weights are read, converted and written one at a time, so that memory
+depends on the largest tensor and not on the model's size.
 """
 
 import jax
@@ -15,8 +16,9 @@ import numpy as np
 from absl import flags
 
 from mobiquant_jax.config_flags import run
-from mobiquant_jax.io import Params, load_dense, resolve, save_hf
-from mobiquant_jax.io.checkpoint import is_checkpoint, load_checkpoint
+from mobiquant_jax.io import Params, open_dense, resolve, save_hf
+from mobiquant_jax.io.checkpoint import is_checkpoint
+from mobiquant_jax.io.dequantized import open_dequantized
 
 FLAGS = flags.FLAGS
 FROM = flags.DEFINE_string("from", None, "Hugging Face folder, GGUF file, package:NAME or checkpoint of this package")
@@ -34,12 +36,11 @@ def main(argv: list[str]) -> None:
     if is_checkpoint(source):
         if BITS.value is None or not 1 <= BITS.value <= 8:
             raise ValueError(f"--bits must be a whole number from 1 to 8 for a checkpoint, got {BITS.value}")
-        model = load_checkpoint(source)
-        config, params, tokenizer = model.config, model.dequantized_params(BITS.value), model.tokenizer
+        config, params, tokenizer = open_dequantized(source, BITS.value)
     else:
         if BITS.value is not None:
             raise ValueError(f"--bits applies to a checkpoint of this package, and {source} is none")
-        config, params, tokenizer = load_dense(source, DTYPE.value)
+        config, params, tokenizer = open_dense(source, None)
     dtype = DTYPE.value or _stored_dtype(params)
     save_hf(TO.value, config, params, dtype=dtype, tokenizer=tokenizer)
     print(f"wrote {TO.value} in {dtype}" + ("" if tokenizer else ", without a tokenizer"))

@@ -4,6 +4,7 @@ A script defines its flags with absl, calls :func:`define_config` if it takes a 
 ``run(main)``. Nothing a user can get wrong on the command line prints a traceback unless ``--debug`` is given.
 """
 
+import contextlib
 import difflib
 import importlib.util
 import inspect
@@ -11,7 +12,7 @@ import itertools
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -105,21 +106,35 @@ def run(main: Callable[[list[str]], object]) -> None:
     if "debug" not in FLAGS:
         flags.DEFINE_boolean("debug", False, "print the traceback of an error")
     argv = sys.argv
-    try:
+    with one_line_errors(debug="--debug" in argv):
         if any(re.fullmatch(r"--?(help(short|full)?|h|\?)", argument) for argument in argv[1:]):
             print(_help(argv, inspect.getmodule(main)))
             sys.exit(0)
         _parse(argv)
         main(argv[:1])
+    sys.exit(0)
+
+
+@contextlib.contextmanager
+def one_line_errors(*, debug: bool) -> Iterator[None]:
+    """Turns what a user can get wrong into one line ``error: ...`` on stderr and exit code 2.
+
+    Args:
+      debug: print the traceback before it.
+
+    Yields:
+      Nothing; a ``ValueError``, ``OSError`` or ``NotImplementedError`` in the block becomes a ``SystemExit``.
+    """
+    try:
+        yield
     except (ValueError, OSError, NotImplementedError) as error:
-        if "--debug" in argv:
+        if debug:
             traceback.print_exc()
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
-    sys.exit(0)
 
 
 def _parse(argv: Sequence[str]) -> None:

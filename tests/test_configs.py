@@ -18,6 +18,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 PARAMETERS = {
     "llama2_7b": 6_738_415_616,
     "llama3_8b": 8_030_261_248,
+    "llama3_70b": 70_553_706_496,
     "llama32_1b": 1_235_814_400,
     "llama32_3b": 3_212_749_824,
     "smollm2_135m": 134_515_008,

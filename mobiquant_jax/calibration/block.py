@@ -103,12 +103,12 @@ class BlockTrainer:
         best, best_error, note = params, before, ""
         for stage in stages(cal):
             step_count = stage.epochs * self._steps_per_epoch
-            optimizer_state = self._optimizer(stage).init(params)
+            optimizer_state = self.optimizer(stage).init(params)
             params = jax.tree.map(jnp.copy, best)  # the epoch donates its parameters; the best ones outlive it
             for epoch in range(stage.epochs):
                 ids, scalars = self._epoch_plan(stage, rng)
                 progress = (epoch * len(ids) + np.arange(len(ids), dtype=np.float32)) / step_count
-                params, optimizer_state, healthy = self._epoch_fn(stage)(
+                params, optimizer_state, healthy = self.epoch_fn(stage)(
                     params, optimizer_state, dense, streams, (ids, scalars, progress)
                 )
                 error, used = evaluate(params)
@@ -176,20 +176,22 @@ class BlockTrainer:
             return ids, draw_widths(bits, self.elastic.slice_bits, rng).astype(np.float32)
         return ids, bits
 
-    def _optimizer(self, stage: Stage) -> optax.GradientTransformation:
+    def optimizer(self, stage: Stage) -> optax.GradientTransformation:
+        """The optimizer of a stage."""
         steps = stage.epochs * self._steps_per_epoch
         return grouped_adamw(stage.weight_lr, stage.clipping_lr, stage.router_lr, steps)
 
     @cached_property
-    def _epochs(self) -> dict[Stage, Callable[..., Any]]:
+    def _epochs(self) -> dict[Stage, jax.stages.Wrapped]:
         return {stage: self._compile_epoch(stage) for stage in stages(self.calibration)}
 
-    def _epoch_fn(self, stage: Stage) -> Callable[..., Any]:
+    def epoch_fn(self, stage: Stage) -> jax.stages.Wrapped:
+        """Jitted ``(params, optimizer_state, dense, streams, plan)``: one epoch; the first two are donated."""
         return self._epochs[stage]
 
-    def _compile_epoch(self, stage: Stage) -> Callable[..., Any]:
+    def _compile_epoch(self, stage: Stage) -> jax.stages.Wrapped:
         """Jitted: one epoch as a scan over steps. A step with a non-finite loss or gradient changes nothing."""
-        optimizer = self._optimizer(stage)
+        optimizer = self.optimizer(stage)
         loss_fn = self._stage_loss(stage)
 
         def step(carry: Any, inputs: Any, dense: Params, streams: Any) -> Any:

@@ -29,14 +29,17 @@ class CalibrationConfig:
         loss: block error: ``"mse"``; ``"relative"``, each token's error over its energy, so that an attention sink
             counts as one token; ``"log_relative"``, its logarithm, which gives every budget the same pull.
         propagated_weight: weight of a second target, the full-precision block on the quantized stream.
-        end_epochs: epochs of end-to-end tuning on the model's own logits, after the blocks; 0 for none. Needs memory
-            for the whole model, its gradients and its optimizer.
+        end_nested_epochs: epochs of end-to-end tuning on the model's own logits, after the blocks, all tokens of a
+            step at one width. Needs memory for the whole model, its gradients and its optimizer.
+        end_joint_epochs: further epochs of it, slices and routers together.
         end_batch_size: windows a step of it.
         end_weight_lr: peak learning rate of the weights in it; 0 freezes them.
         end_clipping_lr: of the clipping logits.
         end_router_lr: of the routers.
-        end_log_loss: minimize the logarithm of the divergence, which gives every budget the same pull.
+        end_generated_windows: windows that the unquantized model writes itself to learn from; 0 for none.
+        end_generated_share: share of them in each epoch's windows.
         temperature: of the gates' surrogate gradient.
+        dtype: type of the matmuls in training, ``"float32"`` or ``"bfloat16"``; parameters and errors are float32.
         penalty: lambda of the recipe "paper", ``lambda (B - B*(t))^2``.
         threshold_windows: calibration windows on which thresholds are recorded.
         threshold_scope: ``"linear"``, every linear meets the budget; ``"global"``, one threshold for all.
@@ -56,13 +59,16 @@ class CalibrationConfig:
     router_lr: float = 1e-3
     loss: str = "log_relative"
     propagated_weight: float = 0.0
-    end_epochs: int = 0
+    end_nested_epochs: int = 0
+    end_joint_epochs: int = 0
     end_batch_size: int = 1
     end_weight_lr: float = 5e-5
     end_clipping_lr: float = 1e-3
     end_router_lr: float = 5e-4
-    end_log_loss: bool = False
+    end_generated_windows: int = 0
+    end_generated_share: float = 0.67
     temperature: float = 1.0
+    dtype: str = "float32"
     penalty: float = 1.0
     threshold_windows: int = 16
     threshold_scope: str = "linear"
@@ -72,6 +78,7 @@ class CalibrationConfig:
         """Checks every field that can be checked without a model."""
         _one_of("calibration.recipe", self.recipe, RECIPES)
         _one_of("calibration.loss", self.loss, LOSSES)
+        _one_of("calibration.dtype", self.dtype, ("float32", "bfloat16"))
         _one_of("calibration.threshold_scope", self.threshold_scope, ("linear", "global"))
         levels = len(self.budgets)
         if not self.budgets or not all(2 <= bits <= 8 for bits in self.budgets):
@@ -90,8 +97,11 @@ class CalibrationConfig:
             raise ValueError(f"calibration epochs {self.first_epochs} + {self.joint_epochs} must be at least 1")
         if not 1 <= self.end_batch_size <= self.windows:
             raise ValueError(f"calibration.end_batch_size={self.end_batch_size} is outside 1..{self.windows}")
-        if self.recipe == "paper" and self.end_epochs:
-            raise ValueError(f"calibration.end_epochs={self.end_epochs}: the recipe 'paper' ends with the blocks")
+        for name in ("end_nested_epochs", "end_joint_epochs"):
+            if self.recipe == "paper" and getattr(self, name):
+                raise ValueError(f"calibration.{name}={getattr(self, name)}: the recipe 'paper' ends with the blocks")
+        if not 0 <= self.end_generated_share <= 1:
+            raise ValueError(f"calibration.end_generated_share={self.end_generated_share} is outside 0..1")
         if not self.temperature > 0:
             raise ValueError(f"calibration.temperature={self.temperature} must be positive")
         for name in _NOT_NEGATIVE:
@@ -104,6 +114,11 @@ class CalibrationConfig:
         """Raises ValueError unless every budget can be met: none lies below the first slice's bits."""
         if min(self.budgets) < slice_bits[0]:
             raise ValueError(f"calibration.budgets {self.budgets} start below the first slice's {slice_bits[0]} bits")
+
+    @property
+    def end_epochs(self) -> int:
+        """All epochs of end-to-end tuning."""
+        return self.end_nested_epochs + self.end_joint_epochs
 
     @property
     def samples_per_budget(self) -> int:
@@ -167,7 +182,9 @@ _NOT_NEGATIVE = (
     "clipping_lr",
     "router_lr",
     "propagated_weight",
-    "end_epochs",
+    "end_nested_epochs",
+    "end_joint_epochs",
+    "end_generated_windows",
     "end_weight_lr",
     "end_clipping_lr",
     "end_router_lr",

@@ -48,6 +48,12 @@ class ConsoleObserver:
         if report.note:
             print(f"  block {block + 1}: {report.note}", flush=True)
 
+    def on_generated(self, done: int, total: int) -> None:
+        """See `Observer`."""
+        if sys.stdout.isatty() or done == total:
+            erase, end = ("\r\x1b[K", "\n" if done == total else "") if sys.stdout.isatty() else ("", "\n")
+            print(f"{erase}calibration text by the model itself: {done} of {total}", end=end, flush=True)
+
     def on_tuned(self, epoch: int, epochs: int, divergence: float, healthy: bool, seconds: float) -> None:
         """See `Observer`."""
         note = "" if healthy else "  (steps that were not finite were left out)"

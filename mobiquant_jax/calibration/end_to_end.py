@@ -4,6 +4,8 @@ Block-wise training matches activations; what counts is the distribution over th
 unquantized model) and student q (the same weights through the nested quantizer, at a budget drawn each step):
 
     L = mean_t sum_v p_tv (log p_tv - log q_tv)
+
+The first epochs train the nested weights, all tokens of a step at one width; the rest train the routers with them.
 """
 
 from collections.abc import Callable
@@ -19,11 +21,30 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from mobiquant_jax.calibration.config import CalibrationConfig
-from mobiquant_jax.calibration.linears import Params, RoutedLinear
+from mobiquant_jax.calibration.linears import NestedLinear, Params, RoutedLinear, UniformWidth
 from mobiquant_jax.calibration.optimizer import grouped_adamw, guarded_update
+from mobiquant_jax.calibration.samples import draw_widths
 from mobiquant_jax.models import Llama, LlamaConfig
-from mobiquant_jax.models.elastic import ElasticConfig
-from mobiquant_jax.routing import BatchBudget
+from mobiquant_jax.models.elastic import ElasticConfig, average_bits
+from mobiquant_jax.routing import BatchBudget, FixedThreshold, untrained_threshold
+
+THRESHOLD_GAIN = 0.3  # change of a global threshold for each bit that a step was off its budget
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class TuningState:
+    """What an epoch of end-to-end tuning continues from.
+
+    Attributes:
+        params: trainable parameters, blocks stacked under ``layers``.
+        optimizer: the optimizer's state.
+        thresholds: of the routers at each budget; used where one threshold serves all linears.
+    """
+
+    params: Params
+    optimizer: Any
+    thresholds: Float[Array, " budgets"]
 
 
 def distillation_loss(student: Float[Array, "B T V"], teacher: Float[Array, "B T V"]) -> Float[Array, ""]:
@@ -41,6 +62,7 @@ class EndToEndTrainer:
         elastic: slicing and routing.
         calibration: the recipe.
         windows: calibration tokens, ``[W, T]``.
+        generated: windows that the unquantized model wrote, ``[G, T]``; none if G is 0.
         dtype: type of the student's and teacher's matmuls.
     """
 
@@ -48,69 +70,111 @@ class EndToEndTrainer:
     elastic: ElasticConfig
     calibration: CalibrationConfig
     windows: Int[np.ndarray, "W T"]
+    generated: Int[np.ndarray, "G T"]
     dtype: DTypeLike = jnp.float32
 
-    def init(self, params: Params) -> Any:
-        """The optimizer's state for trainable parameters (blocks stacked under ``layers``)."""
-        return self._optimizer.init(params)
+    def init(self, params: Params) -> TuningState:
+        """The state before the first epoch, from trainable parameters."""
+        budgets = jnp.asarray(self.calibration.budgets)
+        return TuningState(
+            params=params,
+            optimizer=self._optimizer.init(params),
+            thresholds=untrained_threshold(budgets, self.elastic.slice_bits),
+        )
 
-    def epoch(self, params: Params, state: Any, dense: Params, index: int) -> tuple[Params, Any, float, bool]:
-        """One pass over the windows, each at a budget of its own.
+    def epoch(self, state: TuningState, dense: Params, index: int) -> tuple[TuningState, float, bool]:
+        """As many windows as the calibration text has, drawn from it and from the generated text.
+
+        Each step has a budget of its own.
 
         Args:
-            params: trainable parameters; donated.
-            state: the optimizer's; donated.
+            state: from ``init`` or the epoch before; donated.
             dense: the unquantized model's parameters.
-            index: number of the epoch; with the seed it determines order and budgets.
+            index: number of the epoch; with the seed it determines windows, order and budgets.
 
         Returns:
-            The new parameters and state, the epoch's mean divergence, and whether every step was finite.
+            The new state, the epoch's mean divergence, and whether every step was finite.
         """
-        rng = np.random.default_rng([self.calibration.seed, 1_000_000 + index])
-        steps = len(self.windows) // self.calibration.end_batch_size
-        order = rng.permutation(len(self.windows))[: steps * self.calibration.end_batch_size]
-        budgets = np.resize(np.asarray(self.calibration.budgets, np.float32), steps)
-        plan = (self.windows[order].reshape(steps, self.calibration.end_batch_size, -1), rng.permutation(budgets))
-        params, state, losses, healthy = self._epoch_fn(params, state, dense, plan)
-        return params, state, float(jnp.mean(losses)), bool(healthy)
+        cal = self.calibration
+        rng = np.random.default_rng([cal.seed, 1_000_000 + index])
+        steps = len(self.windows) // cal.end_batch_size
+        windows = self._draw_windows(rng)[: steps * cal.end_batch_size]
+        level = rng.permutation(np.resize(np.arange(len(cal.budgets)), steps))
+        bits = np.asarray(cal.budgets, np.float32)[level]
+        nested = index < cal.end_nested_epochs
+        plan = (
+            windows.reshape(steps, cal.end_batch_size, -1),
+            level,
+            draw_widths(bits, self.elastic.slice_bits, rng).astype(np.float32) if nested else bits,
+        )
+        state, losses, healthy = self._epoch_fns[nested](state, dense, plan)
+        return state, float(jnp.mean(losses)), bool(healthy)
 
-    @property
-    def _steps(self) -> int:
-        return self.calibration.end_epochs * (len(self.windows) // self.calibration.end_batch_size)
+    def _draw_windows(self, rng: np.random.Generator) -> Int[np.ndarray, "W T"]:
+        """The share of generated windows that the recipe wants, the rest calibration text; shuffled."""
+        share = self.calibration.end_generated_share if len(self.generated) else 0.0
+        generated = min(round(share * len(self.windows)), len(self.generated))
+        kept = rng.permutation(len(self.windows))[generated:]
+        drawn = rng.permutation(len(self.generated))[:generated]
+        return rng.permutation(np.concatenate([self.windows[kept], self.generated[drawn]]))
 
     @cached_property
     def _optimizer(self) -> optax.GradientTransformation:
         cal = self.calibration
+        steps = cal.end_epochs * (len(self.windows) // cal.end_batch_size)
         return optax.chain(
             optax.clip_by_global_norm(1.0),
-            grouped_adamw(cal.end_weight_lr, cal.end_clipping_lr, cal.end_router_lr, self._steps),
+            grouped_adamw(cal.end_weight_lr, cal.end_clipping_lr, cal.end_router_lr, steps),
         )
 
     @cached_property
-    def _epoch_fn(self) -> Callable[..., Any]:
-        linear = partial(RoutedLinear, elastic=self.elastic)
-        student = Llama(self.config, linear=linear, dtype=self.dtype, remat=True)
-        teacher = Llama(self.config, dtype=self.dtype)
-        optimizer, cal = self._optimizer, self.calibration
+    def _epoch_fns(self) -> dict[bool, Callable[..., Any]]:
+        return {nested: self._compile_epoch(nested) for nested in (True, False)}
 
-        def loss_fn(params: Params, target: Array, tokens: Array, bits: Array) -> tuple[Array, Array]:
-            policy = BatchBudget(bits=bits, temperature=cal.temperature)
-            logits = student.apply({"params": params}, tokens, policy)
-            assert isinstance(logits, jax.Array), "no collection is mutable"
-            divergence = distillation_loss(logits, target)
-            return jnp.log(divergence + 1e-6) if cal.end_log_loss else divergence, divergence
+    def _compile_epoch(self, nested: bool) -> Callable[..., Any]:
+        """Jitted: one epoch as a scan over steps. A step with a non-finite loss or gradient changes nothing."""
+        teacher: Callable[..., Any] = Llama(self.config, dtype=self.dtype).apply
+        optimizer, loss_fn = self._optimizer, self._loss(nested)
 
         def step(carry: Any, inputs: Any, dense: Params) -> Any:
-            params, state, healthy = carry
-            tokens, bits = inputs
-            target = teacher.apply({"params": dense}, tokens)
-            (loss, divergence), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, target, tokens, bits)
-            params, state, finite = guarded_update(optimizer, loss, grads, params, state)
-            return (params, state, healthy & finite), divergence
+            state, healthy = carry
+            tokens, level, scalar = inputs
+            target = teacher({"params": dense}, tokens)
+            (loss, off), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+                state.params, target, tokens, scalar, state.thresholds[level]
+            )
+            params, optimizer_state, finite = guarded_update(optimizer, loss, grads, state.params, state.optimizer)
+            thresholds = state.thresholds.at[level].add(THRESHOLD_GAIN * jnp.where(finite, off, 0.0))
+            return (
+                TuningState(params=params, optimizer=optimizer_state, thresholds=thresholds),
+                healthy & finite,
+            ), loss
 
-        def epoch(params: Params, state: Any, dense: Params, plan: Any) -> Any:
-            carry = (params, state, jnp.array(True))
-            (params, state, healthy), losses = jax.lax.scan(partial(step, dense=dense), carry, plan)
-            return params, state, losses, healthy
+        def epoch(state: TuningState, dense: Params, plan: Any) -> Any:
+            (state, healthy), losses = jax.lax.scan(partial(step, dense=dense), (state, jnp.array(True)), plan)
+            return state, losses, healthy
 
-        return jax.jit(epoch, donate_argnums=(0, 1))
+        return jax.jit(epoch, donate_argnums=0)
+
+    def _loss(self, nested: bool) -> Callable[..., tuple[Array, Array]]:
+        """The divergence of one step, and by how many bits it was off its budget."""
+        linear = partial(NestedLinear if nested else RoutedLinear, elastic=self.elastic)
+        student = Llama(self.config, linear=linear, dtype=self.dtype, remat=True)
+        temperature, scope = self.calibration.temperature, self.calibration.threshold_scope
+
+        def loss(params: Params, target: Array, tokens: Array, scalar: Array, threshold: Array) -> tuple[Array, Array]:
+            control: Any
+            if nested:
+                control = UniformWidth(width=scalar.astype(jnp.int32))
+            elif scope == "linear":
+                control = BatchBudget(bits=scalar, temperature=temperature)
+            else:
+                control = FixedThreshold(threshold=threshold, temperature=temperature)
+            logits, state = student.apply({"params": params}, tokens, control, mutable=["stats"])
+            divergence = distillation_loss(logits, target)
+            if nested or scope == "linear":
+                return divergence, jnp.zeros(())
+            used = jnp.mean(average_bits(self.config, jax.lax.stop_gradient(state["stats"]["layers"])))
+            return divergence, used - scalar
+
+        return loss

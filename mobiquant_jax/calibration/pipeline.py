@@ -12,12 +12,12 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from mobiquant_jax.calibration.block import BlockReport, BlockTrainer
 from mobiquant_jax.calibration.config import CalibrationConfig
 from mobiquant_jax.calibration.end_to_end import EndToEndTrainer
+from mobiquant_jax.calibration.generated import write_windows
 from mobiquant_jax.calibration.linears import Params
 from mobiquant_jax.calibration.run_dir import RunDir
 from mobiquant_jax.calibration.samples import Samples
@@ -39,6 +39,9 @@ class Observer(Protocol):
     def on_block(self, block: int, report: BlockReport, seconds: float) -> None:
         """A block is trained and saved."""
 
+    def on_generated(self, done: int, total: int) -> None:
+        """So many texts of the unquantized model are written."""
+
     def on_tuned(self, epoch: int, epochs: int, divergence: float, healthy: bool, seconds: float) -> None:
         """An epoch of end-to-end tuning is done and saved; ``healthy`` unless a step was not finite and left out."""
 
@@ -56,7 +59,6 @@ class Calibrator:
         calibration: the recipe.
         run: where finished blocks go.
         observer: is told of progress.
-        dtype: type of the matmuls in training.
     """
 
     config: LlamaConfig
@@ -64,7 +66,6 @@ class Calibrator:
     calibration: CalibrationConfig
     run: RunDir
     observer: Observer
-    dtype: DTypeLike = jnp.float32
 
     def calibrate(self, params: Params, windows: Int[np.ndarray, "W T"]) -> Variables:
         """Runs, or continues, a calibration.
@@ -87,7 +88,7 @@ class Calibrator:
         self.elastic.check_model(self.config)
         samples = Samples.create(cal)
         trainer = BlockTrainer(
-            config=self.config, elastic=self.elastic, calibration=cal, samples=samples, dtype=self.dtype
+            config=self.config, elastic=self.elastic, calibration=cal, samples=samples, dtype=jnp.dtype(cal.dtype)
         )
         full = self._embed(params, windows)
         quantized = full[samples.window]
@@ -151,28 +152,52 @@ class Calibrator:
 
     def _tune(self, trainer: BlockTrainer, params: Params, windows: Int[np.ndarray, "W T"]) -> Params:
         """End-to-end tuning from the trained blocks; an epoch is saved when done and the one before it removed."""
+        cal = self.calibration
         tuner = EndToEndTrainer(
-            config=self.config, elastic=self.elastic, calibration=self.calibration, windows=windows, dtype=self.dtype
+            config=self.config,
+            elastic=self.elastic,
+            calibration=cal,
+            windows=windows,
+            generated=self._generated(params, windows),
+            dtype=jnp.dtype(cal.dtype),
         )
         around = {name: part for name, part in params.items() if name != "layers"}
         blocks = [jax.device_get(block) for block in self._trained_blocks(trainer, params)]
         layers = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *blocks)
-        student = {**jax.tree.map(jnp.asarray, around), "layers": layers}
-        state = tuner.init(student)
+        state = tuner.init({**jax.tree.map(jnp.asarray, around), "layers": layers})
         first = self.run.tuned_epochs()
         if first:
-            like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (student, state))
-            student, state = load_tree(self.run.tuned(first), like)
+            like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
+            state = load_tree(self.run.tuned(first), like)
         dense = jax.tree.map(jnp.asarray, params)
-        for epoch in range(first, self.calibration.end_epochs):
+        for epoch in range(first, cal.end_epochs):
             start = time.perf_counter()
-            student, state, divergence, healthy = tuner.epoch(student, state, dense, epoch)
-            save_tree(self.run.tuned(epoch + 1), (student, state))
+            state, divergence, healthy = tuner.epoch(state, dense, epoch)
+            save_tree(self.run.tuned(epoch + 1), state)
             self.run.remove_tuned(epoch)
             seconds = time.perf_counter() - start
             self.run.log({"epoch": epoch, "divergence": divergence, "healthy": healthy, "seconds": round(seconds, 3)})
-            self.observer.on_tuned(epoch + 1, self.calibration.end_epochs, divergence, healthy, seconds)
-        return jax.vmap(trainer.pack)(student["layers"])
+            self.observer.on_tuned(epoch + 1, cal.end_epochs, divergence, healthy, seconds)
+        return jax.vmap(trainer.pack)(state.params["layers"])
+
+    def _generated(self, params: Params, windows: Int[np.ndarray, "W T"]) -> Int[np.ndarray, "G T"]:
+        """The windows that the unquantized model wrote: those of the run's folder, so that it resumes with the same."""
+        cal = self.calibration
+        if not cal.end_generated_windows:
+            return windows[:0]
+        if not self.run.generated.is_file():
+            self.run.save_generated(
+                write_windows(
+                    self.config,
+                    params,
+                    windows,
+                    cal.end_generated_windows,
+                    seed=cal.seed,
+                    dtype=jnp.dtype(cal.dtype),
+                    progress=self.observer.on_generated,
+                )
+            )
+        return np.load(self.run.generated)
 
     def _finish(self, params: Params, layers: Params, windows: Int[np.ndarray, "W T"]) -> Variables:
         """Puts the untouched parts around the packed layers and records thresholds."""

@@ -1,7 +1,9 @@
 """The folder of a calibration run: what was asked for, the finished blocks, and what came out.
 
 run.json       config, fingerprints of model and data, provenance
+generated.npy  windows that the unquantized model wrote, where the recipe wants some
 blocks/NNN/    each finished block, until the checkpoint is complete
+tuned/NNN/     the state after the last finished epoch of end-to-end tuning, until then too
 metrics.jsonl  a line a block
 checkpoint/    the elastic checkpoint
 """
@@ -12,6 +14,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from jaxtyping import Int
 
 _IDENTITY = ("config", "model", "data")
 
@@ -39,6 +44,17 @@ class RunDir:
     def block(self, index: int) -> Path:
         """The folder of one finished block."""
         return self.blocks / f"{index:03d}"
+
+    @property
+    def generated(self) -> Path:
+        """The windows that the unquantized model wrote."""
+        return self.path / "generated.npy"
+
+    def save_generated(self, windows: Int[np.ndarray, "G T"]) -> None:
+        """Writes them; the file appears only once it is complete."""
+        partial = self.generated.with_suffix(f".partial-{os.getpid()}.npy")
+        np.save(partial, windows)
+        partial.rename(self.generated)
 
     def tuned(self, epochs: int) -> Path:
         """The folder of the state after so many epochs of end-to-end tuning."""

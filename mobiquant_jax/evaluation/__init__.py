@@ -11,7 +11,7 @@ from mobiquant_jax.evaluation.perplexity import (
     perplexity_curve,
     perplexity_step,
 )
-from mobiquant_jax.evaluation.report import format_table, plot_curve, write_json
+from mobiquant_jax.evaluation.report import format_table, plot_curve, save_json, write_json
 from mobiquant_jax.evaluation.token_bits import TokenBits, format_token_bits, measure_token_bits, plot_token_bits
 
 __all__ = [
@@ -30,5 +30,6 @@ __all__ = [
     "perplexity_step",
     "plot_curve",
     "plot_token_bits",
+    "save_json",
     "write_json",
 ]

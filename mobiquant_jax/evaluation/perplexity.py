@@ -86,7 +86,8 @@ def perplexity_step(model: LanguageModel) -> StepFn:
 
     @jax.jit
     def step(variables: Any, tokens: Array, bits: Array) -> tuple[Array, Array]:
-        logits, token_bits = model.forward(variables, tokens, bits)
+        with jax.default_matmul_precision("float32"):  # a GPU or TPU would round float32 inputs
+            logits, token_bits = model.forward(variables, tokens, bits)
         with jax.named_scope("nll"):
             logits = logits.astype(jnp.float32)  # [B, T, V]
             targets = jnp.roll(tokens, -1, axis=1)  # [B, T]; the last one of a window is never scored

@@ -57,10 +57,20 @@ def write_json(path: str | Path, results: Iterable[PerplexityResult]) -> None:
         }
         for result in results
     ]
+    save_json(path, rows)
+
+
+def save_json(path: str | Path, content: Any) -> None:
+    """Writes JSON, whole or not at all, and makes the folder if there is none.
+
+    Args:
+      path: the file to write.
+      content: JSON-ready values.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     os.replace(unfinished, path)
 
 

@@ -17,15 +17,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 
+from mobiquant_jax import distributed
 from mobiquant_jax.io.tokenizer import has_tokenizer, load_tokenizer
 from mobiquant_jax.models.config import LlamaConfig
 from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel, Variables
 from mobiquant_jax.quant import LAYOUT_VERSION
+from mobiquant_jax.sharding import Placement
 
 FORMAT_VERSION = 1
 MANIFEST = "mobiquant.json"
+VARIABLES = "variables"
 INVENTORY = "files.json"  # in each saved tree: the size of every file
+_CHUNK_BYTES = 2**20  # smaller layers share a chunk
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -36,8 +41,11 @@ def is_checkpoint(path: str | Path) -> bool:
 def save_tree(path: str | Path, tree: Any) -> None:
     """Writes a pytree of arrays; the folder appears only once it is complete, with an inventory of its files.
 
+    Several processes call it together and see the same file system; each writes what its own devices hold.
+
     Raises:
         ValueError: the folder exists.
+        OSError: the disk refuses; nothing is left behind.
         OSError: the disk refuses; nothing is left behind.
     """
     path = Path(path).absolute()
@@ -46,8 +54,10 @@ def save_tree(path: str | Path, tree: Any) -> None:
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
+        # One that was killed may have had the same process id.
+        distributed.on_main(f"saving '{path}'", lambda: shutil.rmtree(partial, ignore_errors=True))
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(partial, tree)
+            checkpointer.save(partial, tree, save_args=jax.tree.map(_by_layer, tree))
         (partial / INVENTORY).write_text(json.dumps(_file_sizes(partial)) + "\n")
         partial.rename(path)
     except ValueError as error:  # TensorStore tells of a full disk by one, after a chain of "Error writing ...: "
@@ -57,6 +67,12 @@ def save_tree(path: str | Path, tree: Any) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         for unfinished in path.parent.glob(f"{glob.escape(partial.name)}.orbax-checkpoint-tmp*"):
             shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _by_layer(leaf: Any) -> ocp.SaveArgs:
+    """Large stacks are stored in chunks of one layer, so that an export reads one at a time."""
+    layer_bytes = leaf.nbytes // max(1, leaf.shape[0]) if leaf.ndim > 2 else 0
+    return ocp.SaveArgs(chunk_byte_size=layer_bytes, shard_axes=(0,)) if layer_bytes >= _CHUNK_BYTES else ocp.SaveArgs()
 
 
 def _file_sizes(folder: Path) -> dict[str, int]:
@@ -155,46 +171,80 @@ def save_checkpoint(path: str | Path, model: ElasticModel, provenance: dict[str,
         ValueError: the model is not elastic.
         OSError: the disk refuses; nothing is left behind and an older checkpoint is untouched.
     """
-    if model.elastic is None:
+    elastic = model.elastic
+    if elastic is None:
         raise ValueError("an unquantized model is saved with io.save_hf, not as an elastic checkpoint")
     path = Path(path).absolute()
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        save_tree(partial / "variables", model.variables)
+    partial = distributed.partial_name(path)
+
+    def describe() -> None:
         (partial / "config.json").write_text(json.dumps(model.config.to_hf(), indent=2) + "\n")
         if model.tokenizer is not None:
             model.tokenizer.save(partial)
         manifest = {
             "format_version": FORMAT_VERSION,
             "layout_version": LAYOUT_VERSION,
-            "elastic": dataclasses.asdict(model.elastic),
+            "elastic": dataclasses.asdict(elastic),
             "provenance": provenance,
         }
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-        if path.exists():
-            old = path.with_name(f".{path.name}.old-{os.getpid()}")
-            path.rename(old)
-            try:
-                partial.rename(path)
-            except BaseException:
-                old.rename(path)
-                raise
-            shutil.rmtree(old)
-        else:
-            partial.rename(path)
+        _replace(path, partial)
+
+    def begin() -> None:
+        shutil.rmtree(partial, ignore_errors=True)  # one that was killed may have had the same process id
+        partial.mkdir(parents=True)
+
+    try:
+        distributed.on_main(f"saving '{path}'", begin)
+        save_tree(partial / VARIABLES, model.variables)
+        distributed.on_main(f"saving '{path}'", describe)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def load_checkpoint(path: str | Path) -> ElasticModel:
+def _replace(path: Path, complete: Path) -> None:
+    """Renames a complete folder into the place of another, which is restored if that fails."""
+    if not path.exists():
+        complete.rename(path)
+        return
+    old = path.with_name(f".{path.name}.old-{os.getpid()}")
+    path.rename(old)
+    try:
+        complete.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
+    shutil.rmtree(old)
+
+
+def load_checkpoint(path: str | Path, mesh: Mesh | None = None) -> ElasticModel:
     """Reads an elastic model.
+
+    Args:
+        path: the checkpoint.
+        mesh: splits the variables over these devices, whatever mesh they were saved from; each process reads only what
+            its own devices hold. None for one device.
 
     Raises:
         FileNotFoundError: no checkpoint there, or a part of it is missing.
         ValueError: another format or layout, or variables that do not fit the architecture.
+    """
+    path = Path(path)
+    config, elastic = read_manifest(path)
+    like = abstract_variables(config, elastic)
+    placement = None if mesh is None else Placement.create(mesh, config, elastic)
+    variables = load_tree(path / VARIABLES, like if placement is None else placement.abstract(like))
+    tokenizer = load_tokenizer(path) if has_tokenizer(path) else None
+    return ElasticModel(config=config, elastic=elastic, variables=variables, tokenizer=tokenizer, placement=placement)
+
+
+def read_manifest(path: str | Path) -> tuple[LlamaConfig, ElasticConfig]:
+    """Reads what a checkpoint says it is.
+
+    Raises:
+        FileNotFoundError: no checkpoint there, or a part of it is missing.
+        ValueError: another format or layout, or a description that makes no sense.
     """
     path = Path(path)
     if not is_checkpoint(path):
@@ -210,9 +260,7 @@ def load_checkpoint(path: str | Path) -> ElasticModel:
         elastic.check_model(config)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"'{path / MANIFEST}' does not describe the slicing: {error}") from error
-    variables = load_tree(path / "variables", abstract_variables(config, elastic))
-    tokenizer = load_tokenizer(path) if has_tokenizer(path) else None
-    return ElasticModel(config=config, elastic=elastic, variables=variables, tokenizer=tokenizer)
+    return config, elastic
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """LLaMA models from GGUF files: weights dequantized, rotary layout and llama3 scaling turned back to Hugging Face's."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,8 @@ import gguf
 import numpy as np
 from numpy.typing import DTypeLike
 
-from mobiquant_jax.io.names import Params, TensorSpec, check_tensors, stack_tensors, tensor_specs
+from mobiquant_jax.io.disk_leaf import disk_tree, materialize
+from mobiquant_jax.io.names import Params, TensorSpec, check_tensors, tensor_specs
 from mobiquant_jax.models.config import LlamaConfig, RopeScaling
 from mobiquant_jax.models.rope import inverse_frequencies
 
@@ -85,24 +85,24 @@ def open_gguf(path: str | Path) -> GGUFFile:
     return file
 
 
-def load_gguf(source: str | Path | GGUFFile, dtype: DTypeLike = np.float32) -> tuple[LlamaConfig, Params]:
-    """Loads a LLaMA model from a GGUF file.
+def open_gguf_params(source: str | Path | GGUFFile, dtype: DTypeLike = np.float32) -> tuple[LlamaConfig, Params]:
+    """Opens the weights of a GGUF file; each is dequantized when it is indexed.
 
     Every type that the ``gguf`` package dequantizes is read: F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, the K
-    quants and more. Peak memory is the parameter tree and one float32 tensor.
+    quants and more.
 
     Args:
         source: the file, or the file opened by :func:`open_gguf`.
         dtype: dtype of the parameters.
 
     Returns:
-        The config and the parameter tree (numpy, layers stacked, kernels ``[L, in, out]``).
+        The config and the parameter tree of `DiskLeaf` (layers stacked, kernels ``[L, in, out]``). Reading a leaf whose
+        type cannot be dequantized raises a NotImplementedError.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, holds another architecture, or a tensor is missing, unexpected or of the wrong
             shape; the message names the file and the tensor.
-        NotImplementedError: a tensor's type cannot be dequantized.
     """
     file = source if isinstance(source, GGUFFile) else open_gguf(source)
     config = read_gguf_config(file)
@@ -111,11 +111,31 @@ def load_gguf(source: str | Path | GGUFFile, dtype: DTypeLike = np.float32) -> t
     shapes.pop(_ROPE_FACTORS, None)
     check_tensors(specs, shapes, file.path)
 
-    def tensors() -> Iterator[tuple[str, np.ndarray]]:
-        for name, spec in specs.items():
-            yield name, _undo_rotary_permutation(file.read(name), spec, config)
+    def read(name: str) -> np.ndarray:
+        return _undo_rotary_permutation(file.read(name), specs[name], config)
 
-    return config, stack_tensors(specs, tensors(), {name: dtype for name in specs})
+    return config, disk_tree(specs, read, {name: dtype for name in specs})
+
+
+def load_gguf(source: str | Path | GGUFFile, dtype: DTypeLike = np.float32) -> tuple[LlamaConfig, Params]:
+    """Loads a LLaMA model from a GGUF file into memory.
+
+    Peak memory is the parameter tree and one float32 tensor.
+
+    Args:
+        source: as for `open_gguf_params`.
+        dtype: dtype of the parameters.
+
+    Returns:
+        The config and the parameter tree (numpy, layers stacked, kernels ``[L, in, out]``).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: as for `open_gguf_params`.
+        NotImplementedError: a tensor's type cannot be dequantized.
+    """
+    config, params = open_gguf_params(source, dtype)
+    return config, materialize(params)
 
 
 def read_gguf_config(file: GGUFFile) -> LlamaConfig:

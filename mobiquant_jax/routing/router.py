@@ -70,3 +70,19 @@ def score(router: Router, x: Float[Array, "*batch in"]) -> Float[Array, "*batch 
         hidden = jnp.einsum("...i,ih->...h", x / rms, router.hidden) + jnp.log(rms) * router.magnitude
         hidden = jax.nn.silu(hidden + router.hidden_bias)
         return jnp.einsum("...h,he->...e", hidden, router.output) + router.output_bias
+
+
+def untrained_threshold(bits: Float[Array, "*batch"], slice_bits: tuple[int, ...]) -> Float[Array, "*batch"]:
+    """About the threshold at which a router of `Router.create` reads ``bits`` on average.
+
+    Its scores of slice e scatter around ``gap * (mean rank - rank_e)``; halfway between two slices' scores every token
+    reads the first of them and none the second.
+
+    Args:
+        bits: average bits.
+        slice_bits: bits of each slice.
+    """
+    ranks = jnp.arange(len(slice_bits), dtype=jnp.float32)
+    return jnp.interp(
+        bits, jnp.cumsum(jnp.asarray(slice_bits, jnp.float32)), INITIAL_SCORE_GAP * (ranks.mean() - ranks)
+    )

@@ -152,7 +152,7 @@ def test_the_paper_trains_clipping_then_routers_too_and_meets_the_budget(
 
 
 def test_a_loss_that_is_not_a_number_ends_training_at_the_best_step(trainer, inputs, dense, monkeypatch):
-    epoch_fn, epochs = BlockTrainer._epoch_fn, []
+    epoch_fn, epochs = BlockTrainer.epoch_fn, []
 
     def poisoned(self, stage):
         def epoch(params, state, dense, streams, plan):
@@ -164,7 +164,7 @@ def test_a_loss_that_is_not_a_number_ends_training_at_the_best_step(trainer, inp
 
         return epoch
 
-    monkeypatch.setattr(BlockTrainer, "_epoch_fn", poisoned)
+    monkeypatch.setattr(BlockTrainer, "epoch_fn", poisoned)
     seen = []
     params, report = trainer.train(dense, *inputs, 0, lambda *epoch: seen.append(epoch))
     assert report.note == "non-finite loss in epoch 3 of stage 'nested': kept the best step before it"

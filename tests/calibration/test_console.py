@@ -46,8 +46,8 @@ def test_a_terminal_sees_epochs_and_budgets(capsys, monkeypatch):
     observer.on_budget(3.0)
     observer.on_budget(8.0)
     erase = "\r\x1b[K"
-    lines = ["block  1/2  joint 1/4  error 0.125", "recording thresholds: 3 bits", "recording thresholds: 8 bits\n"]
-    assert capsys.readouterr().out == "".join(erase + line for line in lines)
+    lines = ("block  1/2  joint 1/4  error 0.125", "recording thresholds: 3 bits", "recording thresholds: 8 bits")
+    assert capsys.readouterr().out == "".join(f"{erase}{line}" for line in lines) + "\n"
 
 
 def test_a_resume_with_nothing_left_to_train(capsys):

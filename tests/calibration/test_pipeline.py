@@ -37,6 +37,9 @@ class Recorder:
         if block == self.stop_after:
             raise KeyboardInterrupt
 
+    def on_generated(self, done, total):
+        self.events.append(("generated", done, total))
+
     def on_tuned(self, *args):
         self.events.append(("tuned", *args))
 

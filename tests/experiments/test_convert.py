@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mobiquant_jax.io import load_hf
+from mobiquant_jax.io import load_hf, tensor_specs
 from mobiquant_jax.io.checkpoint import abstract_variables, save_checkpoint
+from mobiquant_jax.models import LlamaConfig
 from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel
 
 ROOT = Path(__file__).parents[2]
@@ -121,6 +122,43 @@ def test_gguf_with_its_tokenizer(tmp_path):
     np.testing.assert_array_equal(written["model.layers.0.mlp.up_proj.weight"], kernel)
     assert not np.array_equal(written["model.layers.0.self_attn.q_proj.weight"], kernel)
     assert json.loads((tmp_path / "hf" / "tokenizer.json").read_text())["model"]["merges"] == [["a", "b"]]
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path, folder):
+    """Peak memory of the whole command, for models of 2 and of 26 layers of 6 MB.
+
+    It is the kernel's mark, since that of ``resource`` starts at the parent's.
+    """
+    if not Path("/proc/self/status").is_file():
+        pytest.skip("peak memory is read from Linux's /proc")
+    code = f"""
+import pathlib, re, runpy, sys
+sys.argv[0] = {str(SCRIPT)!r}
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print(re.search(r"VmHWM:\\s+(\\d+) kB", pathlib.Path("/proc/self/status").read_text())[1])
+"""
+    config = json.loads((folder / "config.json").read_text()) | {"hidden_size": 512, "intermediate_size": 1536}
+    peaks = []
+    for layers in (2, 26):
+        source = tmp_path / f"layers{layers}"
+        config["num_hidden_layers"] = layers
+        architecture = LlamaConfig.from_hf(config)
+        specs = tensor_specs(architecture, "hf")
+        tensors = {name: np.full(spec.shape, 0.5, ml_dtypes.bfloat16) for name, spec in specs.items()}
+        source.mkdir()
+        (source / "config.json").write_text(json.dumps(config))
+        save_file(tensors, source / "model.safetensors")
+        arguments = (f"--from={source}", f"--to={tmp_path / f'copy{layers}'}", "--dtype=float32")
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+        result = subprocess.run(
+            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=300, env=environment
+        )
+        assert result.returncode == 0, result.stderr
+        peaks.append(1024 * int(result.stdout.split()[-1]))
+    written = (tmp_path / "copy26" / "model.safetensors").stat().st_size
+    assert written > 300e6 and peaks[1] - peaks[0] < 20e6, peaks
 
 
 def test_checkpoint_at_a_width(tmp_path, folder):

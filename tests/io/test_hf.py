@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mobiquant_jax.io import iter_hf_tensors, load_hf, save_hf
+from mobiquant_jax.io import load_hf, save_hf
 from mobiquant_jax.models import Llama, LlamaConfig
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
@@ -175,14 +175,6 @@ def test_tensors_are_read_one_at_a_time(tmp_path, hf_config, rng):
     slack = 4 * largest + 300_000
     assert saved < slack < total / 2
     assert loaded < total + slack
-
-
-def test_iteration_yields_each_stored_tensor_once(tmp_path, hf_config, hf_tensors):
-    source = write_folder(tmp_path / "source", hf_config, hf_tensors, shards=3)
-    seen = list(iter_hf_tensors(source))
-    assert sorted(name for name, _ in seen) == sorted(hf_tensors)
-    for name, tensor in seen:
-        np.testing.assert_array_equal(tensor, hf_tensors[name])
 
 
 def test_missing_files(tmp_path, hf_config, hf_tensors):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.optimize
 
 from mobiquant_jax import routing
 
@@ -102,18 +103,32 @@ def test_uniform_depth():
 
 
 def test_batch_budget_trains_the_scores():
-    """Asking a token for more loss reduction raises its score, although the threshold is the batch's quantile."""
-    inputs = inputs_of(9)
-    worth = jnp.asarray(np.random.default_rng(10).normal(size=(3, 257)).astype(np.float32))
+    """Its gradient is that of soft gates whose threshold always keeps their average, by differences in float64."""
+    rng = np.random.default_rng(10)
+    scores, worth = 2 * rng.normal(size=(1, 23)), rng.normal(size=(1, 23))
 
-    def loss(scores):
-        masks = routing.BatchBudget(bits=jnp.float32(4)).masks(
-            routing.RoutingInputs(x=inputs.x, scores=scores, slice_bits=(2, 2, 2, 2))
+    def loss(s):
+        masks = routing.BatchBudget(bits=jnp.float32(6)).masks(
+            routing.RoutingInputs(x=jnp.zeros((1, 23, 4)), scores=s[..., None], slice_bits=(4, 4))
         )
-        return -jnp.sum(masks.sum(-1) * worth)
+        return -jnp.sum(masks[..., 0] * worth)
 
-    grad = jax.grad(loss)(inputs.scores)[..., 0]
-    assert np.all(np.sign(grad) == -np.sign(worth))
+    start = float(routing.threshold_for_bits(jnp.asarray(scores[..., None], jnp.float32), 6.0, (4, 4)))
+    gates = lambda s, tau: 1 / (1 + np.exp(tau - s))  # noqa: E731
+    opened = gates(scores, start).sum()
+
+    def soft_loss(s):
+        tau = scipy.optimize.brentq(lambda t: gates(s, t).sum() - opened, start - 1, start + 1, xtol=1e-13)
+        return -np.sum(gates(s, tau) * worth)
+
+    expected = np.zeros_like(scores)
+    for token in range(23):
+        step = np.zeros_like(scores)
+        step[0, token] = 1e-5
+        expected[0, token] = (soft_loss(scores + step) - soft_loss(scores - step)) / 2e-5
+    found = jax.grad(loss)(jnp.asarray(scores, jnp.float32))
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+    assert abs(float(found.sum())) < 1e-5  # scores that all rise together change nothing
 
 
 def test_router_matches_numpy():

@@ -1,0 +1,107 @@
+"""Compiles calibration, prefill and decoding for TPUs that are not there; fails where a chip's memory is too small.
+
+    python experiments/aot_check.py --config=configs/llama3_8b.py --topology=v5e:2x4 --tp=8
+    python experiments/aot_check.py --config=configs/llama3_70b.py --topology=v5p:4x4x4 --tp=8 --output=results/aot.json
+
+Needs no accelerator, but the TPU compiler: pip install 'mobiquant_jax[tpu]'. Calibration runs
+--config.calibration.batch_size windows a step: fewer than data x fsdp leave chips without windows of their own.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+
+from mobiquant_jax.aot import CHIPS, GIB, calibration_program, compile_for, render_table, serving_programs, tpu_mesh
+from mobiquant_jax.calibration import CalibrationConfig
+from mobiquant_jax.config_flags import define_config, run
+from mobiquant_jax.models import LlamaConfig
+from mobiquant_jax.models.elastic import ElasticConfig
+from mobiquant_jax.provenance import provenance
+
+CONFIG = define_config()
+TOPOLOGY = flags.DEFINE_string("topology", None, "generation and shape, e.g. v5e:2x4, v6e:2x4, v5p:4x4x4")
+TP = flags.DEFINE_integer("tp", 1, "chips that share each head and feed-forward channel split (mesh axis model)")
+FSDP = flags.DEFINE_integer("fsdp", 1, "chips that share the parameters otherwise (mesh axis fsdp)")
+BATCH = flags.DEFINE_integer("batch", 8, "sequences of prefill and decoding")
+CONTEXT = flags.DEFINE_integer("context", 2048, "tokens of each sequence")
+PROGRAMS = ("calibration", "prefill", "decode")
+ONLY = flags.DEFINE_list("programs", list(PROGRAMS), "which to compile")
+OUTPUT = flags.DEFINE_string("output", None, "JSON file whose record of this model, topology and mesh is replaced")
+
+
+def main(_: list[str]) -> None:
+    """Compiles, prints a line a program, and records."""
+    jax.config.update("jax_platforms", "cpu")
+    if TOPOLOGY.value is None:
+        raise ValueError("--topology=KIND:SHAPE is required, e.g. --topology=v5e:2x4")
+    if unknown := set(ONLY.value) - set(PROGRAMS):
+        raise ValueError(f"--programs: {sorted(unknown)[0]!r} is none of {', '.join(PROGRAMS)}")
+    config = CONFIG.value
+    architecture = LlamaConfig(**{k: _frozen(v) for k, v in config.model.architecture.items()})
+    elastic = ElasticConfig(
+        group_size=config.quant.group_size,
+        slice_bits=tuple(config.quant.slice_bits),
+        router_hidden_size=config.router.hidden_size,
+        budget_grid=tuple(config.router.budget_grid),
+    )
+    calibration = CalibrationConfig(**{k: _frozen(v) for k, v in config.calibration.items()})
+    mesh = tpu_mesh(TOPOLOGY.value, tp=TP.value, fsdp=FSDP.value)
+    chip = CHIPS[TOPOLOGY.value.partition(":")[0]]
+    programs = [
+        calibration_program(architecture, elastic, calibration, mesh),
+        *serving_programs(architecture, elastic, mesh, batch=BATCH.value, context=CONTEXT.value),
+    ]
+    name = Path(config.run_dir).name
+    print(f"{name} on {mesh.size} chips of {TOPOLOGY.value}: " + ", ".join(f"{a}={n}" for a, n in mesh.shape.items()))
+    footprints = []
+    for program in programs:
+        if program.name not in ONLY.value:
+            continue
+        found = compile_for(program, mesh, chip.memory)
+        footprints.append(found)
+        print(
+            f"{found.program:12s} {found.memory / GIB:6.2f} of {chip.memory / GIB:.0f} GiB a chip, "
+            f"{found.flops / 1e12:8.3f} TFLOP, {found.bytes_accessed / 1e9:8.2f} GB moved, "
+            f"compiled in {found.seconds:.1f} s",
+            flush=True,
+        )
+    record = {
+        "model": name,
+        "topology": TOPOLOGY.value,
+        "mesh": list(mesh.shape.values()),
+        "chip_memory": chip.memory,
+        "batch": BATCH.value,
+        "context": CONTEXT.value,
+        "calibration_batch": calibration.batch_size,
+        "programs": [dataclasses.asdict(found) for found in footprints],
+        "provenance": {**provenance(), "libtpu": importlib.metadata.version("libtpu")},
+    }
+    if OUTPUT.value:
+        _replace(Path(OUTPUT.value), record)
+    print(render_table([record]))
+
+
+def _replace(path: Path, record: dict[str, Any]) -> None:
+    """Puts a record in the place of the one it supersedes, or at the end."""
+    records = json.loads(path.read_text()) if path.is_file() else []
+
+    def key(entry: dict[str, Any]) -> Any:
+        return [entry[name] for name in ("model", "topology", "mesh")]
+
+    kept = [record if key(entry) == key(record) else entry for entry in records]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(kept if record in kept else [*kept, record], indent=2) + "\n")
+
+
+def _frozen(value: Any) -> Any:
+    """Lists, and sections, of a ConfigDict as the tuples and dicts that frozen configs hold."""
+    return tuple(value) if isinstance(value, list) else value.to_dict() if hasattr(value, "to_dict") else value
+
+
+if __name__ == "__main__":
+    run(main)

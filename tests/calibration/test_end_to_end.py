@@ -1,0 +1,139 @@
+"""End-to-end tuning: its loss against float64, its epochs against the quantizer, its thresholds against the budgets."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mobiquant_jax.calibration.end_to_end import EndToEndTrainer, distillation_loss
+from mobiquant_jax.calibration.linears import NestedLinear, UniformWidth, trainable
+from mobiquant_jax.models import Llama
+
+BUDGETS = (5.0, 6.0)
+
+
+@pytest.fixture(scope="module")
+def windows():
+    return np.random.default_rng(40).integers(0, 61, (4, 16)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def start(params, config, elastic):
+    """Trainable parameters of the whole model, untrained."""
+    keys = jax.random.split(jax.random.key(41), config.num_hidden_layers)
+    layers = jax.vmap(lambda dense, key: trainable(dense, config, elastic, key))(params["layers"], keys)
+    return {**params, "layers": layers}
+
+
+@pytest.fixture(scope="module")
+def make_tuner(config, elastic, recipe, windows):
+    def make(generated=windows[:0], **changes):
+        calibration = recipe(
+            **(dict(end_nested_epochs=6, end_joint_epochs=3, end_weight_lr=1e-3, end_batch_size=1) | changes)
+        )
+        return EndToEndTrainer(
+            config=config, elastic=elastic, calibration=calibration, windows=windows, generated=generated
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def tuner(make_tuner):
+    return make_tuner(threshold_scope="global")
+
+
+@pytest.fixture(scope="module")
+def tuned(tuner, start, params):
+    """The states after six nested epochs and three joint ones, under one threshold for all linears."""
+    state = tuner.init(jax.tree.map(jnp.copy, start))
+    states = []
+    for epoch in range(9):
+        state, _, healthy = tuner.epoch(state, params, epoch)
+        assert healthy
+        states.append(jax.device_get(state))
+    return states
+
+
+def test_distillation_loss_is_the_divergence():
+    rng = np.random.default_rng(42)
+    student, teacher = (3 * rng.normal(size=(2, 5, 7)) for _ in range(2))
+
+    def probabilities(logits):
+        e = np.exp(logits - logits.max(-1, keepdims=True))
+        return e / e.sum(-1, keepdims=True)
+
+    p, q = probabilities(teacher), probabilities(student)
+    expected = np.mean(np.sum(p * np.log(p / q), axis=-1))
+    found = distillation_loss(jnp.asarray(student, jnp.float32), jnp.asarray(teacher, jnp.float32))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert abs(float(distillation_loss(jnp.asarray(teacher), jnp.asarray(teacher)))) < 1e-6
+
+
+def test_tuning_brings_the_model_nearer_to_the_unquantized_one(tuned, start, params, config, elastic, windows):
+    """Read at four bits."""
+    student = Llama(config, linear=partial(NestedLinear, elastic=elastic))
+
+    @jax.jit
+    def divergence(trained):
+        read = student.apply({"params": trained}, windows, UniformWidth(width=jnp.int32(4)))
+        return distillation_loss(read, Llama(config).apply({"params": params}, windows))
+
+    before, nested, joint = (float(divergence(state)) for state in (start, tuned[5].params, tuned[8].params))
+    assert nested < 0.8 * before
+    assert joint < nested
+
+
+def test_only_what_has_a_rate_moves(tuned, start, make_tuner, params):
+    before, nested, joint = (p["layers"]["mlp"]["up_proj"] for p in (start, tuned[5].params, tuned[8].params))
+    assert np.abs(nested["kernel"] - before["kernel"]).max() > 1e-3
+    assert np.abs(nested["clipping"].gamma - before["clipping"].gamma).max() > 1e-4
+    np.testing.assert_array_equal(nested["router"].hidden, before["router"].hidden)
+    assert np.abs(joint["router"].hidden - nested["router"].hidden).max() > 1e-5
+    for part in ("embedder", "final_norm"):
+        jax.tree.map(np.testing.assert_array_equal, tuned[8].params[part], start[part])
+    frozen = make_tuner(end_weight_lr=0.0, end_clipping_lr=0.0)
+    state, _, _ = frozen.epoch(frozen.init(jax.tree.map(jnp.copy, start)), params, 0)
+    jax.tree.map(np.testing.assert_array_equal, state.params, start)
+
+
+def test_a_global_threshold_moves_towards_its_budget(tuner, start, params):
+    """A threshold far too low lets every slice in; it rises while the model reads more than the budget, and no more."""
+    state = dataclasses.replace(tuner.init(jax.tree.map(jnp.copy, start)), thresholds=jnp.array([-5.0, -5.0]))
+    thresholds = []
+    for epoch in range(6, 46):
+        state, _, _ = tuner.epoch(state, params, epoch)
+        thresholds.append(np.asarray(state.thresholds))
+    rises = np.diff(np.stack(thresholds), axis=0)
+    assert (thresholds[0] > -5).all()
+    assert np.abs(rises[-5:]).max() < 0.25 * rises[:5].max()  # settled
+    assert thresholds[-1][0] > thresholds[-1][1]  # 5 bits needs the higher one
+
+
+def test_an_epoch_is_determined_by_its_number(tuner, start, params, tuned):
+    again, _, _ = tuner.epoch(tuner.init(jax.tree.map(jnp.copy, start)), params, 0)
+    jax.tree.map(np.testing.assert_array_equal, again, tuned[0])
+    different, _, _ = tuner.epoch(tuner.init(jax.tree.map(jnp.copy, start)), params, 1)
+    kernel = different.params["layers"]["mlp"]["up_proj"]["kernel"]
+    assert np.any(np.asarray(kernel) != again.params["layers"]["mlp"]["up_proj"]["kernel"])
+
+
+def test_a_step_that_is_not_finite_is_left_out(tuner, start, params):
+    poisoned = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), params)
+    state, loss, healthy = tuner.epoch(tuner.init(jax.tree.map(jnp.copy, start)), poisoned, 0)
+    assert not healthy and not np.isfinite(loss)
+    jax.tree.map(np.testing.assert_array_equal, state.params, start)
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (0.5, 2), (1.0, 3)])
+def test_an_epoch_holds_the_share_of_generated_windows(make_tuner, windows, share, expected):
+    """Three generated windows are there, of tokens that the calibration text lacks."""
+    generated = np.full((3, 16), 99, np.int32) + np.arange(3)[:, None]
+    tuner = make_tuner(generated=generated, end_generated_share=share)
+    drawn = tuner._draw_windows(np.random.default_rng(43))
+    own = [row for row in drawn if row[0] >= 99]
+    assert drawn.shape == windows.shape and len(own) == expected
+    assert len({row.tobytes() for row in drawn}) == len(drawn)  # none twice

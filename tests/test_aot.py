@@ -1,0 +1,84 @@
+"""Compiling ahead of time: on fake CPU devices always, for a TPU where its compiler is installed."""
+
+import importlib.util
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mobiquant_jax.aot import GIB, calibration_program, compile_for, render_table, serving_programs, tpu_mesh
+from mobiquant_jax.calibration import CalibrationConfig
+from mobiquant_jax.models import LlamaConfig
+from mobiquant_jax.models.elastic import ElasticConfig
+from mobiquant_jax.sharding import make_mesh
+
+CONFIG = LlamaConfig(
+    vocab_size=256,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+)
+ELASTIC = ElasticConfig(group_size=32, router_hidden_size=8)
+CALIBRATION = CalibrationConfig(windows=16, window_length=16, batch_size=2)
+
+
+def local_bytes(arguments):
+    leaves = jax.tree.leaves(arguments)
+    return sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
+
+
+def test_a_program_is_accounted_for_and_refused_where_memory_is_short():
+    mesh = make_mesh(data=2, fsdp=2, model=2)
+    _, decode = serving_programs(CONFIG, ELASTIC, mesh, batch=4, context=8)
+    found = compile_for(decode, mesh, GIB)
+    assert found.program == "decode" and found.flops > 0 and found.bytes_accessed > 0
+    assert local_bytes(decode.arguments) <= found.memory < 40 * local_bytes(decode.arguments)
+    with pytest.raises(ValueError, match=r"decode does not fit: it needs 0\.0 GiB of a chip's 0 GiB"):
+        compile_for(decode, mesh, 1000)
+
+
+def test_programs_are_split_over_the_mesh():
+    mesh = make_mesh(data=2, fsdp=2, model=2)
+    prefill, _ = serving_programs(CONFIG, ELASTIC, mesh, batch=4, context=8)
+    logits, bits, cache = jax.eval_shape(prefill.function, *prefill.arguments)
+    assert logits.shape == (4, 256) and bits.shape == (4, 8) and cache.k.dtype == jnp.bfloat16
+    calibration = calibration_program(CONFIG, ELASTIC, CALIBRATION, mesh)
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(calibration.arguments))
+    assert local_bytes(calibration.arguments) < whole / 3
+    with jax.set_mesh(mesh):
+        params, _, healthy = jax.eval_shape(calibration.function, *calibration.arguments)
+    assert params["mlp"]["up_proj"]["kernel"].shape == (64, 128) and healthy.shape == ()
+
+
+def test_a_topology_that_does_not_exist():
+    for topology in ("v9:2x2", "v5e", "v5e:4", "v5p:2x2x2x2"):
+        with pytest.raises(ValueError, match=f"topology '{topology}' is not KIND:AxB"):
+            tpu_mesh(topology, tp=1)
+
+
+def test_the_tpu_compiler():
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu, the TPU compiler, is not installed")
+    mesh = tpu_mesh("v5e:2x4", tp=2, fsdp=2)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "model": 2}
+    for program in serving_programs(CONFIG, ELASTIC, mesh, batch=4, context=8):
+        assert compile_for(program, mesh, GIB).memory < GIB
+    with pytest.raises(ValueError, match="topology 'v5e:3x7'"):
+        tpu_mesh("v5e:3x7", tp=1)
+
+
+def test_the_table():
+    record = {
+        "model": "llama3_8b",
+        "topology": "v5e:2x4",
+        "mesh": [1, 1, 8],
+        "chip_memory": 16 * GIB,
+        "programs": [{"program": "decode", "memory": 3 * GIB // 2, "flops": 1.23456e12, "bytes_accessed": 2.5e9}],
+    }
+    assert render_table([record]).splitlines()[2:] == [
+        "| llama3_8b | v5e:2x4 | 1 x 1 x 8 | decode | 1.5 (16) | 1.23 | 2.5 |"
+    ]

@@ -1,174 +1,259 @@
 r"""Perplexity of the fixed-width baselines, each width its own quantized model, on the data of an elastic checkpoint.
 
-python experiments/baselines.py --config=configs/smollm2_135m.py --config.model.dither=true \
-    --config.data.source=file:c4.txt,test.txt \
-    --config.calibration.windows=128 --config.calibration.window_length=2048 \
-    --methods=rtn,gptq,awq,autoround,omniquant,qat --bits=2,3,4 --seeds=0,1,2 --elsewhere \
-    --text=wikitext2=file:test.txt --text=wikipedia=file:wikipedia.txt \
-    --set=qat.weight_lr=2e-4 --json=baselines.json
+Settings are chosen on one text, by naming several values of a field, ...
 
-The calibration part of config.data.source is calibrated on; all of each --text is scored, in windows of
-config.evaluation.window_length.
+python experiments/baselines.py --config=configs/smollm2_135m.py --config.model.dither=true \
+    --config.data.source=file:c4.txt,valid.txt \
+    --config.calibration.windows=128 --config.calibration.window_length=2048 --config.evaluation.window_length=2048 \
+    --methods=qat --bits=2,3,4 --set=qat.weight_lr=5e-5,1e-4,2e-4 --text=valid=file:valid.txt --json=settings.json
+
+... and the table is made with the best of them, here the other methods with their recipes:
+
+python experiments/baselines.py ... --recipes=settings.json --methods=rtn,gptq,awq,autoround,omniquant,qat \
+    --seeds=0,1,2 --elsewhere --text=wikitext2=file:test.txt --text=wikipedia:64=file:wikipedia.txt \
+    --json=baselines.json
+
+The calibration part of config.data.source is calibrated on; all of each --text, or its first windows, is scored, in
+windows of config.evaluation.window_length. Models that differ in seeds and rates only are made together. Where the
+file of --json exists, --resume adds the rows it lacks.
 """
 
 import ast
 import dataclasses
-import json
-import os
+import itertools
 import time
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict
 
-from mobiquant_jax.baselines import Baseline, QuantizedModel, QuantSpec, find_method, run_omniquant_at
-from mobiquant_jax.baselines.grid import check_bits
+from mobiquant_jax.baselines import (
+    METHODS,
+    QuantizedModel,
+    QuantSpec,
+    Results,
+    Run,
+    best_settings,
+    check_bits,
+    find_method,
+    open_results,
+    program,
+    quantize_models,
+    read_results,
+    run_omniquant_at,
+)
 from mobiquant_jax.config_flags import define_config, run
 from mobiquant_jax.data import load_token_ids, token_windows
 from mobiquant_jax.evaluation import evaluate_perplexity, perplexity_step
-from mobiquant_jax.io import load_dense
-from mobiquant_jax.io.dither import dither
-from mobiquant_jax.models.elastic import ElasticModel
+from mobiquant_jax.experiment import load_dense_model, load_windows
+from mobiquant_jax.models.elastic import DENSE_BITS, ElasticModel
 from mobiquant_jax.provenance import fingerprint, provenance
 
 CONFIG = define_config()
-METHODS = flags.DEFINE_list("methods", ["rtn", "gptq", "awq", "autoround", "omniquant", "qat"], "baselines to run")
+METHOD_NAMES = flags.DEFINE_list("methods", list(METHODS), "baselines to run")
 BITS = flags.DEFINE_list("bits", ["2", "3", "4"], "widths, each 2 to 8")
-SEEDS = flags.DEFINE_list("seeds", ["0"], "a run each, of the baselines that draw")
-TEXTS = flags.DEFINE_multi_string("text", [], "NAME=SOURCE to score; the option may be repeated")
-WINDOWS = flags.DEFINE_integer("windows", None, "most windows of each text; default: all")
+SEEDS = flags.DEFINE_list("seeds", ["0"], "a model each, of the baselines that draw")
+TEXTS = flags.DEFINE_multi_string("text", [], "NAME[:WINDOWS]=SOURCE to score; the option may be repeated")
 SETTINGS = flags.DEFINE_multi_string(
-    "set", [], "METHOD.FIELD=VALUE instead of the recipe's; the option may be repeated"
+    "set", [], "METHOD[@BITS].FIELD=VALUE[,VALUE...] instead of the recipe's, a model each; may be repeated"
 )
+RECIPES = flags.DEFINE_string("recipes", None, "results of one text: use the best settings of each method and width")
 ELSEWHERE = flags.DEFINE_boolean("elsewhere", False, "also run OmniQuant's clipping at the widths it was not made for")
+AT_ONCE = flags.DEFINE_integer("at_once", 9, "most models made together; fewer need less memory", lower_bound=1)
 DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "type of the matmuls in training")
-JSON = flags.DEFINE_string("json", None, "file for the rows and their provenance, rewritten after every model")
+JSON = flags.DEFINE_string("json", None, "file for the rows, rewritten after every model")
+RESUME = flags.DEFINE_boolean("resume", False, "add the rows that the file lacks")
+OVERWRITE = flags.DEFINE_boolean("overwrite", False, "replace the file")
 
-Settings = dict[str, dict[str, Any]]
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A model to make: what is the same in all its rows."""
+
+    method: str
+    bits: int | None
+    seed: int | None
+    settings: Any
+    tried: int | None
+
+    def facts(self, bits: int | None) -> dict[str, Any]:
+        """The columns that tell models apart, run at ``bits``."""
+        return {
+            "method": self.method,
+            "bits": bits,
+            "calibrated_bits": self.bits,
+            "seed": self.seed,
+            "settings": {} if self.settings is None else dataclasses.asdict(self.settings),
+        }
+
+    def widths(self) -> list[int | None]:
+        """Where the model is run: at its own width and, for OmniQuant if asked for, at the others."""
+        others = _numbers("bits", BITS.value) if self.method == "omniquant" and ELSEWHERE.value else []
+        return [self.bits, *(bits for bits in others if bits != self.bits)]
 
 
 def main(_: list[str]) -> None:
-    """Quantizes and scores, a model at a time."""
+    """Plans, then makes and scores, a few models at a time."""
     config = CONFIG.value
-    widths, seeds = _integers("bits", BITS.value), _integers("seeds", SEEDS.value)
-    for bits in widths:
-        check_bits(bits)  # before anything is loaded
-    changes = _changes(SETTINGS.value, METHODS.value)
-    recipes = {(name, bits): _settings(name, bits, changes) for name in METHODS.value for bits in widths}
-    dense = _load(config)
-    section = config.calibration
-    ids = load_token_ids(config.data.source, "calibration", dense.tokenizer)
-    windows = token_windows(ids, section.window_length, section.windows, dense.config.vocab_size)
-    if len(windows) < section.windows:
-        raise ValueError(f"'{config.data.source}' has {len(windows)} windows, not {section.windows}")
-    scorer = Scorer(dense, config, fingerprint(windows))
-    for (name, bits), recipe in recipes.items():
-        spec = QuantSpec(
-            config=dense.config, bits=bits, group_size=config.quant.group_size, dtype=jnp.dtype(DTYPE.value)
-        )
-        baseline = Baseline.create(name, spec, recipe)
-        for seed in seeds if find_method(name).seeded else [None]:
-            start = time.perf_counter()
-            model = baseline.quantize(dense.variables["params"], windows, seed or 0)
-            jax.block_until_ready(model.params)
-            facts = {
-                "method": name,
-                "seed": seed,
-                "seconds": round(time.perf_counter() - start, 2),
-                "settings": dataclasses.asdict(recipe),
-            }
-            scorer.score(model, facts | {"bits": bits, "calibrated_bits": bits, "block_errors": model.errors})
-            if name == "omniquant" and ELSEWHERE.value:
-                for other in (width for width in widths if width != bits):
-                    there = dataclasses.replace(spec, bits=other)
-                    moved = run_omniquant_at(there, dense.variables["params"], model)
-                    scorer.score(moved, facts | {"bits": other, "calibrated_bits": bits})
+    jobs = _plan()
+    dense = load_dense_model(config)
+    dtype, group_size = jnp.dtype(DTYPE.value), config.quant.group_size
+    specs: dict[int | None, QuantSpec] = {
+        bits: QuantSpec(config=dense.config, bits=bits, group_size=group_size, dtype=dtype)
+        for bits in _numbers("bits", BITS.value)
+    }
+    windows = load_windows(config, dense, "calibration")
+    texts = _load_texts(config.evaluation.window_length, dense)
+    identity = {
+        "model": fingerprint(dense.variables),
+        "calibration": fingerprint(windows),
+        "group_size": group_size,
+        "dtype": DTYPE.value,
+        "texts": {name: fingerprint(text) for name, text in texts.items()},
+    }
+    results = open_results(JSON.value, identity, provenance(), resume=RESUME.value, overwrite=OVERWRITE.value)
+    scorer = Scorer(dense, texts, results, config.evaluation.batch_size)
+    unquantized = Job(method="unquantized", bits=None, seed=None, settings=None, tried=None)
+    if scorer.lacks(unquantized):
+        dense_params = jax.tree.map(jnp.asarray, dense.variables["params"])
+        scorer.score(unquantized, None, QuantizedModel(params=dense_params), 0.0)
+    for batch in _batches([job for job in jobs if scorer.lacks(job)]):
+        method, spec = batch[0].method, specs[batch[0].bits]
+        start = time.perf_counter()
+        runs = [Run(settings=job.settings, seed=job.seed or 0) for job in batch]
+        models = quantize_models(method, spec, dense.variables["params"], windows, runs)
+        jax.block_until_ready([model.params for model in models])
+        seconds = (time.perf_counter() - start) / len(batch)
+        for job, model in zip(batch, models, strict=True):
+            for bits in job.widths():
+                there = model
+                if bits != job.bits:
+                    there = run_omniquant_at(specs[bits], dense.variables["params"], model)
+                scorer.score(job, bits, there, seconds)
 
 
 class Scorer:
-    """Scores models on all texts and collects the rows; the unquantized model comes first."""
+    """Scores models on all texts, prints the rows and files them."""
 
-    def __init__(self, dense: ElasticModel, config: ConfigDict, data: str) -> None:
-        self._dense = dense
+    def __init__(self, dense: ElasticModel, texts: dict[str, np.ndarray], results: Results, batch_size: int) -> None:
+        self._dense, self._texts, self._results, self._batch_size = dense, texts, results, batch_size
         self._step = perplexity_step(dense)  # one compilation: the models differ in their arrays only
-        self._batch_size = config.evaluation.batch_size
-        self._texts = {}
-        for text in TEXTS.value:
-            name, equals, source = text.partition("=")
-            if not equals:
-                raise ValueError(f"--text={text} is not NAME=SOURCE")
-            ids = load_token_ids(source, "all", dense.tokenizer)
-            self._texts[name] = token_windows(
-                ids, config.evaluation.window_length, WINDOWS.value, dense.config.vocab_size
-            )
-        if not self._texts:
-            raise ValueError("nothing to score: give --text=NAME=SOURCE")
-        self._rows: list[dict[str, Any]] = []
-        self._about = {
-            "provenance": provenance(),
-            "model": fingerprint(dense.variables),
-            "calibration": data,
-            "config": json.loads(config.to_json_best_effort()),
-        }
-        unquantized = QuantizedModel(params=jax.tree.map(jnp.asarray, dense.variables["params"]))
-        self.score(unquantized, {"method": "unquantized", "bits": None, "seed": None, "seconds": 0.0, "settings": {}})
 
-    def score(self, quantized: QuantizedModel, facts: dict[str, Any]) -> None:
-        """Adds a row a text, prints it and rewrites the file."""
+    def lacks(self, job: Job) -> bool:
+        """Whether a row of a job is missing."""
+        rows = ({**job.facts(bits), "text": text} for bits in job.widths() for text in self._texts)
+        return any(row not in self._results for row in rows)
+
+    def score(self, job: Job, bits: int | None, quantized: QuantizedModel, seconds: float) -> None:
+        """Adds the rows of a model run at a width; ``seconds`` is its share of the time its batch took to make."""
         model = dataclasses.replace(self._dense, variables={"params": quantized.params})
-        for text, windows in self._texts.items():
-            result = evaluate_perplexity(model, windows, None, batch_size=self._batch_size, step=self._step)
-            finite = result.perplexity if np.isfinite(result.perplexity) else None
-            self._rows.append({**facts, "text": text, "perplexity": finite, "tokens": result.tokens})
-            made = facts.get("calibrated_bits")
-            label = facts["method"] + (f" (made at {made})" if made != facts["bits"] else "")
-            bits = "-" if facts["bits"] is None else facts["bits"]
-            seed = "-" if facts["seed"] is None else facts["seed"]
-            print(
-                f"{label:24s} {bits} bits  seed {seed}  {text}: {result.perplexity:.4g}  {facts['seconds']:.1f} s",
-                flush=True,
-            )
-        if JSON.value:
-            _write(Path(JSON.value), {**self._about, "rows": self._rows})
+        for name, windows in self._texts.items():
+            row = {**job.facts(bits), "text": name}
+            if row in self._results:
+                continue
+            with jax.default_matmul_precision("highest"):  # float32 throughout, on accelerators too
+                result = evaluate_perplexity(model, windows, None, batch_size=self._batch_size, step=self._step)
+            row |= {
+                "measured_bits": DENSE_BITS if bits is None else float(bits),
+                "perplexity": result.perplexity if np.isfinite(result.perplexity) else None,
+                "tokens": result.tokens,
+                "seconds": round(seconds, 2),
+                "settings_tried": job.tried,
+            }
+            self._results.add(row)
+            print(_line(row), flush=True)
 
 
-def _load(config: ConfigDict) -> ElasticModel:
-    """The unquantized model, dithered if asked for."""
-    found, params, tokenizer = load_dense(config.model.source)
-    if config.model.dither:
-        params = dither(params, found)
-    return ElasticModel(config=found, variables={"params": params}, tokenizer=tokenizer)
+def _line(row: dict[str, Any]) -> str:
+    """A row for the terminal."""
+    label = row["method"] + (f" (made at {row['calibrated_bits']})" if row["calibrated_bits"] != row["bits"] else "")
+    bits, seed = ("-" if row[name] is None else row[name] for name in ("bits", "seed"))
+    perplexity = "not finite" if row["perplexity"] is None else f"{row['perplexity']:.5g}"
+    settings = " ".join(f"{name}={value:g}" for name, value in row["settings"].items() if isinstance(value, float))
+    return f"{label:22s} {bits} bits  seed {seed}  {row['text']} {perplexity:>10s}  {row['seconds']:.1f} s  {settings}"
 
 
-def _integers(flag: str, entries: list[str]) -> list[int]:
-    """The whole numbers of a list option."""
-    for entry in entries:
-        if not entry.strip().isdecimal():
-            raise ValueError(f"--{flag}: {entry!r} is no whole number")
-    return [int(entry) for entry in entries]
+def _plan() -> list[Job]:
+    """The models to make, in order; every mistake on the command line shows before any work is done."""
+    widths, seeds = _numbers("bits", BITS.value), _numbers("seeds", SEEDS.value)
+    changes = [_parse_change(option, widths) for option in SETTINGS.value]
+    tuned = read_results(RECIPES.value)["rows"] if RECIPES.value else []
+    jobs = []
+    for bits in widths:
+        check_bits(bits)
+    for method, bits in itertools.product(METHOD_NAMES.value, widths):
+        found = find_method(method)
+        best, tried = best_settings(tuned, method, bits)
+        recipe = found.settings.recipe(bits) if best is None else found.settings(**best)
+        mine = {field: values for name, at, field, values in changes if name == method and bits in at}
+        for choice in itertools.product(*mine.values()):
+            settings = dataclasses.replace(recipe, **dict(zip(mine, choice, strict=True)))
+            for seed in seeds if found.seeded else [None]:
+                jobs.append(Job(method=method, bits=bits, seed=seed, settings=settings, tried=tried or None))
+    return jobs
 
 
-def _changes(options: list[str], methods: list[str]) -> Settings:
-    """``{method: {field: value}}`` from the --set options."""
-    changes: Settings = {name: {} for name in methods}
-    for option in options:
-        target, equals, text = option.partition("=")
-        name, dot, field = target.partition(".")
-        if not equals or not dot:
-            raise ValueError(f"--set={option} is not METHOD.FIELD=VALUE")
-        known = {entry.name: entry.default for entry in dataclasses.fields(find_method(name).settings)}
-        if field not in known:
-            raise ValueError(f"--set={option}: {name} has the fields {', '.join(known) or '(none)'}")
-        changes.setdefault(name, {})[field] = _parse(option, text, type(known[field]))
-    return changes
+def _batches(jobs: list[Job]) -> Iterator[list[Job]]:
+    """Jobs that one program makes together."""
+    groups: dict[Any, list[Job]] = {}
+    for job in jobs:
+        groups.setdefault((job.method, job.bits, program(job.settings)), []).append(job)
+    for group in groups.values():
+        for start in range(0, len(group), AT_ONCE.value):
+            yield group[start : start + AT_ONCE.value]
 
 
-def _parse(option: str, text: str, kind: type) -> Any:
-    """The value of a --set option, of the type of the field's default."""
+def _load_texts(window_length: int, dense: ElasticModel) -> dict[str, np.ndarray]:
+    """The windows of each --text."""
+    if window_length > dense.config.max_position_embeddings:
+        raise ValueError(
+            f"evaluation.window_length={window_length} exceeds the model's context of "
+            f"{dense.config.max_position_embeddings} tokens"
+        )
+    texts: dict[str, np.ndarray] = {}
+    for option in TEXTS.value:
+        label, equals, source = option.partition("=")
+        name, colon, count = label.partition(":")
+        if not equals or not name or (colon and not count.isdigit()):
+            raise ValueError(f"--text={option} is not NAME=SOURCE or NAME:WINDOWS=SOURCE")
+        if name in texts:
+            raise ValueError(f"--text={option}: there is another text of this name")
+        ids = load_token_ids(source, "all", dense.tokenizer)
+        texts[name] = token_windows(ids, window_length, int(count) if colon else None, dense.config.vocab_size)
+    if not texts:
+        raise ValueError("nothing to score: give --text=NAME=SOURCE")
+    return texts
+
+
+def _numbers(flag: str, values: list[str]) -> list[int]:
+    """The whole numbers of a list."""
+    if not values or not all(value.isdigit() for value in values):
+        raise ValueError(f"--{flag}={','.join(values)} is not a list of whole numbers")
+    return [int(value) for value in values]
+
+
+def _parse_change(option: str, widths: list[int]) -> tuple[str, list[int], str, list[Any]]:
+    """``(method, widths, field, values)`` of a --set option."""
+    target, equals, text = option.partition("=")
+    label, dot, name = target.partition(".")
+    method, at, bits = label.partition("@")
+    if not equals or not dot or (at and not bits.isdigit()):
+        raise ValueError(f"--set={option} is not METHOD.FIELD=VALUE or METHOD@BITS.FIELD=VALUE")
+    if method not in METHOD_NAMES.value or (at and int(bits) not in widths):
+        raise ValueError(f"--set={option}: {label} is not among the models to make")
+    known = {entry.name: entry.default for entry in dataclasses.fields(find_method(method).settings)}
+    if name not in known:
+        raise ValueError(f"--set={option}: {method} has the fields {', '.join(known) or '(none)'}")
+    values = [_parse_value(option, value, type(known[name])) for value in text.split(",")]
+    return method, [int(bits)] if at else widths, name, values
+
+
+def _parse_value(option: str, text: str, kind: type) -> Any:
+    """A value of the type of the field's default."""
     if kind is str:
         return text
     try:
@@ -178,21 +263,8 @@ def _parse(option: str, text: str, kind: type) -> Any:
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
-        raise ValueError(f"--set={option}: wants a value of type {kind.__name__}")
+        raise ValueError(f"--set={option}: '{text}' is no {kind.__name__}")
     return value
-
-
-def _settings(name: str, bits: int, changes: Settings) -> Any:
-    """The recipe of a method at a width, with the changes asked for."""
-    return dataclasses.replace(find_method(name).settings.recipe(bits), **changes.get(name, {}))
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    """JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import os
 import platform
 import shlex
 import subprocess
@@ -24,6 +25,7 @@ def provenance() -> dict[str, Any]:
         "versions": {name: _version(name) for name in _PACKAGES},
         "devices": sorted({device.device_kind for device in jax.devices()}),
         "device_count": jax.device_count(),
+        "cores": os.cpu_count(),
     }
 
 

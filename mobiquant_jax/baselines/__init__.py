@@ -2,19 +2,28 @@
 
 from mobiquant_jax.baselines.autoround import AutoRoundConfig
 from mobiquant_jax.baselines.awq import AWQConfig
-from mobiquant_jax.baselines.engine import QuantizedModel, quantize_blocks
+from mobiquant_jax.baselines.engine import QuantizedModel, Run, quantize_blocks
 from mobiquant_jax.baselines.gptq import GPTQConfig
-from mobiquant_jax.baselines.methods import METHODS, Baseline, Method, find_method, quantize_model, run_omniquant_at
+from mobiquant_jax.baselines.grid import check_bits
+from mobiquant_jax.baselines.methods import (
+    METHODS,
+    Method,
+    find_method,
+    quantize_model,
+    quantize_models,
+    run_omniquant_at,
+)
 from mobiquant_jax.baselines.omniquant import OmniQuantConfig
 from mobiquant_jax.baselines.qat import QATConfig
+from mobiquant_jax.baselines.results import Results, best_settings, open_results, read_results
 from mobiquant_jax.baselines.rtn import RTNConfig
+from mobiquant_jax.baselines.settings import program
 from mobiquant_jax.baselines.spec import BlockOutcome, BlockTask, QuantSpec
 
 __all__ = [
     "METHODS",
     "AWQConfig",
     "AutoRoundConfig",
-    "Baseline",
     "BlockOutcome",
     "BlockTask",
     "GPTQConfig",
@@ -24,8 +33,16 @@ __all__ = [
     "QuantSpec",
     "QuantizedModel",
     "RTNConfig",
+    "Results",
+    "Run",
+    "best_settings",
+    "check_bits",
     "find_method",
+    "open_results",
+    "program",
     "quantize_blocks",
     "quantize_model",
+    "quantize_models",
+    "read_results",
     "run_omniquant_at",
 ]

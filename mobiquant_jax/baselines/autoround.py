@@ -16,39 +16,37 @@ import optax
 
 from mobiquant_jax.baselines.grid import round_straight_through, round_to_grid, scale_and_zero
 from mobiquant_jax.baselines.kernels import Kernels
+from mobiquant_jax.baselines.settings import check_number, static
 from mobiquant_jax.baselines.spec import BlockOutcome, BlockTask, QuantSpec
-from mobiquant_jax.baselines.training import FitData, Parametrization, Trained, check_training, compile_fit
+from mobiquant_jax.baselines.training import Parametrization, Trained, build_fit, check_training
 from mobiquant_jax.quant import unclipped_limits
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class AutoRoundConfig:
     """Settings of AutoRound.
 
     Attributes:
-        steps: iterations a block.
-        batch_size: windows an iteration, drawn anew each time.
         rounding_lr: first step of the offsets, falling linearly to 0.
         clipping_lr: first step of the clip factors.
+        steps: iterations a block.
+        batch_size: windows an iteration, drawn anew each time.
         loss: block error.
+        propagated_weight: weight of a second target, the full-precision block on the quantized stream.
     """
 
-    steps: int = 200
-    batch_size: int = 8
     rounding_lr: float = 1 / 200
     clipping_lr: float = 1 / 200
-    loss: str = "mse"
+    steps: int = static(200)
+    batch_size: int = static(8)
+    loss: str = static("mse")
+    propagated_weight: float = static(0.0)
 
     def __post_init__(self) -> None:
         """Checks the fields."""
-        check_training(
-            "autoround",
-            steps=self.steps,
-            batch_size=self.batch_size,
-            loss=self.loss,
-            rounding_lr=self.rounding_lr,
-            clipping_lr=self.clipping_lr,
-        )
+        check_training("autoround", self, rounding_lr=self.rounding_lr, clipping_lr=self.clipping_lr)
+        check_number("autoround.steps", self.steps, least=1)
 
     @classmethod
     def recipe(cls, bits: int) -> "AutoRoundConfig":
@@ -56,53 +54,48 @@ class AutoRoundConfig:
         return cls()
 
 
-def build(spec: QuantSpec, config: AutoRoundConfig) -> Callable[[BlockTask], BlockOutcome]:
-    """AutoRound for the blocks of a model."""
+def parametrization(spec: QuantSpec) -> Parametrization:
+    """What AutoRound trains: rounding offsets and clip factors of each kernel, by steps of one size."""
 
-    def create_linear(kernel: jax.Array) -> Trained:
-        ones = jnp.ones((len(kernel) // spec.group_size, kernel.shape[1]))
-        return {"offset": jnp.zeros_like(kernel), "high": ones, "low": ones}
+    def create(kernels: Kernels, _: AutoRoundConfig) -> Trained:
+        ones = {path: jnp.ones((len(kernel) // spec.group_size, kernel.shape[1])) for path, kernel in kernels.items()}
+        return {"offset": jax.tree.map(jnp.zeros_like, kernels), "high": ones, "low": ones}
 
-    def materialize_linear(kernel: jax.Array, trained: Trained) -> jax.Array:
-        lo, hi = unclipped_limits(kernel, spec.group_size)
-        scale, zero = scale_and_zero(trained["low"] * lo, trained["high"] * hi, spec.bits, round_straight_through)
-        return round_to_grid(kernel, scale, zero, spec.bits, trained["offset"])
+    def materialize(kernels: Kernels, trained: Trained) -> Kernels:
+        def linear(kernel: jax.Array, offset: jax.Array, high: jax.Array, low: jax.Array) -> jax.Array:
+            lo, hi = unclipped_limits(kernel, spec.group_size)
+            grid = scale_and_zero(low * lo, high * hi, spec.bits, round_straight_through)
+            return round_to_grid(kernel, *grid, spec.bits, offset)
 
-    def project_linear(trained: Trained) -> Trained:
-        factors = {name: jnp.clip(trained[name], 0.0, 1.0) for name in ("high", "low")}
-        return {"offset": jnp.clip(trained["offset"], -0.5, 0.5)} | factors
+        return jax.tree.map(linear, kernels, trained["offset"], trained["high"], trained["low"])
 
-    def optimizer(steps: int) -> optax.GradientTransformation:
+    def optimizer(settings: AutoRoundConfig, steps: int) -> optax.GradientTransformation:
         def descent(rate: float) -> optax.GradientTransformation:
             sign = optax.stateless(lambda updates, _: jax.tree.map(jnp.sign, updates))
             return optax.chain(sign, optax.scale_by_learning_rate(optax.linear_schedule(rate, 0.0, steps)))
 
-        def labels(trained: Trained) -> Trained:
-            return {
-                path: {name: "rounding" if name == "offset" else "clipping" for name in trained[path]}
-                for path in trained
-            }
+        rates = {"offset": settings.rounding_lr, "high": settings.clipping_lr, "low": settings.clipping_lr}
+        return optax.partition({name: descent(rate) for name, rate in rates.items()}, {name: name for name in rates})
 
-        groups = {"rounding": descent(config.rounding_lr), "clipping": descent(config.clipping_lr)}
-        return optax.partition(groups, labels)
+    def project(trained: Trained) -> Trained:
+        limits = {"offset": (-0.5, 0.5), "high": (0.0, 1.0), "low": (0.0, 1.0)}
+        return {name: jax.tree.map(lambda x, name=name: jnp.clip(x, *limits[name]), trained[name]) for name in limits}
 
-    parametrization = Parametrization(
-        create=lambda kernels: {path: create_linear(kernel) for path, kernel in kernels.items()},
-        materialize=lambda kernels, trained: _each(materialize_linear, kernels, trained),
-        project=lambda trained: {path: project_linear(linear) for path, linear in trained.items()},
-    )
-    fit = compile_fit(spec, parametrization, optimizer, loss=config.loss, keep_best=True)
+    return Parametrization(create=create, materialize=materialize, optimizer=optimizer, project=project, keep_best=True)
+
+
+def build(spec: QuantSpec) -> Callable[[BlockTask], BlockOutcome]:
+    """AutoRound for the blocks of a model."""
+    fit = build_fit(spec, parametrization(spec))
 
     def quantize_block(task: BlockTask) -> BlockOutcome:
-        windows = len(task.quantized)
-        if config.batch_size > windows:
-            raise ValueError(f"autoround.batch_size={config.batch_size} exceeds the {windows} windows")
-        drawn = [task.rng.choice(windows, config.batch_size, replace=False) for _ in range(config.steps)]
-        data = FitData(inputs=task.quantized, targets=(task.target,), weights=(1.0,))
-        return BlockOutcome(params=fit(task.dense, data, np.asarray(drawn, np.int32))[0])
+        windows, settings = len(task.target), task.settings
+        if settings.batch_size > windows:
+            raise ValueError(f"autoround.batch_size={settings.batch_size} exceeds the {windows} windows")
+        drawn = [
+            [rng.choice(windows, settings.batch_size, replace=False) for _ in range(settings.steps)]
+            for rng in task.rngs
+        ]
+        return BlockOutcome(params=fit(task, np.asarray(drawn, np.int32))[0])
 
     return quantize_block
-
-
-def _each(function: Callable[[jax.Array, Trained], jax.Array], kernels: Kernels, trained: Trained) -> Kernels:
-    return {path: function(kernel, trained[path]) for path, kernel in kernels.items()}

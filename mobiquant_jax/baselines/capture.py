@@ -10,7 +10,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from mobiquant_jax.baselines.kernels import Params
-from mobiquant_jax.baselines.spec import positions
+from mobiquant_jax.baselines.settings import check_number
+from mobiquant_jax.baselines.spec import in_batches, positions
 from mobiquant_jax.models import Block, LlamaConfig
 from mobiquant_jax.models.layers import project
 
@@ -23,6 +24,7 @@ INPUT_GROUPS = (
 """Linears that read the same input, in the order of execution."""
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class TokenWeighting:
     """How much each token counts in the statistics of a linear's inputs.
@@ -43,8 +45,8 @@ class TokenWeighting:
 
     def __post_init__(self) -> None:
         """Checks both fields."""
-        if self.exponent < 0 or self.first < 0:
-            raise ValueError(f"token weighting needs exponent >= 0 and first >= 0, got {self.exponent}, {self.first}")
+        check_number("energy_exponent", self.exponent, least=0)
+        check_number("first_token", self.first, least=0)
 
     def __call__(self, x: Float[Array, "B T in"]) -> Float[Array, "B T"]:
         """The weight of each token."""
@@ -112,15 +114,17 @@ def capture(
         weighting: of the tokens.
     """
     module = Block(config, linear=partial(MomentsLinear, weighting=weighting))
+    batches = in_batches(stream)
 
-    def window(x: Float[Array, "T D"]) -> dict[str, Moments]:
-        _, state = module.apply({"params": block}, x[None], positions(x[None]), mutable=["moments"])
+    def batch(x: Float[Array, "B T D"]) -> dict[str, Moments]:
+        _, state = module.apply({"params": block}, x, positions(x), mutable=["moments"])
         split = (path.split("/") for path in paths)
         return {f"{part}/{name}": state["moments"][part][name]["inputs"][0] for part, name in split}
 
-    def add(total: dict[str, Moments], x: Float[Array, "T D"]) -> tuple[dict[str, Moments], None]:
-        return jax.tree.map(jnp.add, total, window(x)), None
+    def add(total: dict[str, Moments], x: Float[Array, "B T D"]) -> tuple[dict[str, Moments], None]:
+        return jax.tree.map(jnp.add, total, batch(x)), None
 
-    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(window, stream[0]))
-    total, _ = jax.lax.scan(add, zero, stream)
-    return jax.tree.map(lambda leaf: leaf / stream.shape[0], total)
+    with jax.default_matmul_precision("highest"):
+        zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(batch, batches[0]))
+        total, _ = jax.lax.scan(add, zero, batches)
+    return jax.tree.map(lambda leaf: leaf / len(batches), total)

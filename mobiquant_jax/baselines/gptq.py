@@ -19,35 +19,36 @@ from jaxtyping import Array, Float, Int
 from mobiquant_jax.baselines.capture import INPUT_GROUPS, TokenWeighting, capture
 from mobiquant_jax.baselines.grid import round_to_grid, scale_and_zero, shrunk_limits
 from mobiquant_jax.baselines.kernels import Params, get_kernels, with_kernels
+from mobiquant_jax.baselines.settings import check_number, static
 from mobiquant_jax.baselines.spec import BlockOutcome, BlockTask, QuantSpec
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class GPTQConfig:
     """Settings of GPTQ.
 
     Attributes:
         damping: added to the diagonal of H, as a share of its mean.
+        energy_exponent: see `TokenWeighting`.
+        first_token: how often the token at position 0 counts.
         act_order: treats rows by falling diagonal of H instead of in order; the grids then come from the untouched
             weights, so that a row keeps its own group's.
         shrink_steps: candidates in the search for a smaller range of each group; 0 keeps minimum and maximum.
-        energy_exponent: see `TokenWeighting`.
-        first_token: how often the token at position 0 counts.
     """
 
     damping: float = 0.01
-    act_order: bool = False
-    shrink_steps: int = 0
     energy_exponent: float = 0.0
     first_token: float = 1.0
+    act_order: bool = static(False)
+    shrink_steps: int = static(0)
 
     def __post_init__(self) -> None:
         """Checks the fields."""
-        if self.damping <= 0:
-            raise ValueError(f"gptq.damping={self.damping} must be positive")
-        if self.shrink_steps < 0:
-            raise ValueError(f"gptq.shrink_steps={self.shrink_steps} must not be negative")
-        _ = self.weighting
+        check_number("gptq.damping", self.damping, least=1e-6)
+        check_number("gptq.energy_exponent", self.energy_exponent, least=0)
+        check_number("gptq.first_token", self.first_token, least=0)
+        check_number("gptq.shrink_steps", self.shrink_steps, least=0)
 
     @property
     def weighting(self) -> TokenWeighting:
@@ -129,22 +130,24 @@ def _sweep(
     return jax.lax.scan(one_group, weight, starts)[1].reshape(weight.shape)
 
 
-def build(spec: QuantSpec, config: GPTQConfig) -> Callable[[BlockTask], BlockOutcome]:
+def build(spec: QuantSpec) -> Callable[[BlockTask], BlockOutcome]:
     """GPTQ for the blocks of a model: linear after linear, each on inputs that the quantized ones before it made."""
 
-    def quantize_group(paths: tuple[str, ...], block: Params, stream: Float[Array, "N T D"]) -> Params:
+    def quantize_group(
+        paths: tuple[str, ...], settings: GPTQConfig, block: Params, stream: Float[Array, "N T D"]
+    ) -> Params:
         kernels = get_kernels(block, spec.config)
-        gram = capture(spec.config, block, stream, paths[:1], config.weighting)[paths[0]].gram
+        gram = capture(spec.config, block, stream, paths[:1], settings.weighting)[paths[0]].gram
         together = jnp.concatenate([kernels[path] for path in paths], axis=1)  # outputs are independent given H
-        solved = solve(together, gram, spec.group_size, spec.bits, config)
+        solved = solve(together, gram, spec.group_size, spec.bits, settings)
         ends = np.cumsum([kernels[path].shape[1] for path in paths])
         return with_kernels(block, dict(zip(paths, jnp.split(solved, ends[:-1], axis=1), strict=True)))
 
-    @jax.jit
-    def quantize_block(block: Params, stream: Float[Array, "N T D"]) -> Params:
+    def quantize_block(settings: GPTQConfig, block: Params, stream: Float[Array, "N T D"]) -> Params:
         for paths in INPUT_GROUPS:
             with jax.named_scope(f"gptq_{paths[0].split('/')[1]}"):
-                block = quantize_group(paths, block, stream)
+                block = quantize_group(paths, settings, block, stream)
         return block
 
-    return lambda task: BlockOutcome(params=quantize_block(task.dense, task.quantized))
+    runs = jax.jit(jax.vmap(quantize_block, in_axes=(0, None, 0)))
+    return lambda task: BlockOutcome(params=runs(task.settings, task.dense, task.quantized))

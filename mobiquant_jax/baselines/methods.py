@@ -1,6 +1,6 @@
 """All baselines behind one entry."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Int
 
 from mobiquant_jax.baselines import autoround, awq, gptq, omniquant, qat, rtn
-from mobiquant_jax.baselines.engine import QuantizeBlock, QuantizedModel, quantize_blocks, with_layers
+from mobiquant_jax.baselines.engine import QuantizeBlock, QuantizedModel, Run, quantize_blocks, with_layers
 from mobiquant_jax.baselines.kernels import Params
 from mobiquant_jax.baselines.spec import QuantSpec
 from mobiquant_jax.models import LlamaConfig
@@ -22,13 +22,13 @@ class Method:
     """A fixed-width baseline.
 
     Attributes:
-        settings: its config class; ``settings.recipe(bits)`` gives the published settings.
-        build: ``(spec, settings) -> block function``; None for round-to-nearest, which takes no data.
+        settings: its config class; ``settings.recipe(bits)`` gives the settings to start from.
+        build: ``spec -> block function``; None for round-to-nearest, which takes no data.
         seeded: whether the seed has an effect.
     """
 
     settings: Any
-    build: Callable[[QuantSpec, Any], QuantizeBlock] | None
+    build: Callable[[QuantSpec], QuantizeBlock] | None
     seeded: bool
 
 
@@ -49,43 +49,37 @@ def find_method(name: str) -> Method:
     return METHODS[name]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Baseline:
-    """A method with its settings and its compiled block function, which serves every block and every seed.
+def quantize_models(
+    method: str,
+    spec: QuantSpec,
+    params: Params,
+    windows: Int[np.ndarray, "N T"],
+    runs: Sequence[Run],
+    on_block: Callable[[int, tuple[float, ...]], None] = lambda index, errors: None,
+) -> list[QuantizedModel]:
+    """Quantizes all seven linears of every block, once for each run; all runs share one program.
 
-    Attributes:
+    Embedding, norms and head stay in full precision. (AWQ moves scales into the norms.)
+
+    Args:
+        method: a name in `METHODS`.
         spec: model, width and group size.
-        block: the block function; None for round-to-nearest.
+        params: the dense model's parameters.
+        windows: calibration tokens.
+        runs: settings and seeds; the settings share their static fields.
+        on_block: called with the number of a finished block and its error in each run.
+
+    Returns:
+        The dense model with dequantized kernels, of each run.
+
+    Raises:
+        ValueError: an unknown method, runs that differ in more than numbers, or a block whose output is not finite.
     """
-
-    spec: QuantSpec
-    block: QuantizeBlock | None
-
-    @classmethod
-    def create(cls, method: str, spec: QuantSpec, settings: Any = None) -> "Baseline":
-        """A baseline by name, with its recipe at the spec's width unless told otherwise.
-
-        Raises:
-            ValueError: an unknown method.
-        """
-        found = find_method(method)
-        if found.build is None:
-            return cls(spec=spec, block=None)
-        settings = found.settings.recipe(spec.bits) if settings is None else settings
-        return cls(spec=spec, block=found.build(spec, settings))
-
-    def quantize(
-        self,
-        params: Params,
-        windows: Int[np.ndarray, "N T"],
-        seed: int = 0,
-        on_block: Callable[[int, float], None] = lambda index, error: None,
-    ) -> QuantizedModel:
-        """Quantizes a model; see `quantize_model`."""
-        if self.block is None:
-            layers = rtn.quantize_layers(self.spec, jax.tree.map(jnp.asarray, params["layers"]))
-            return QuantizedModel(params=with_layers(params, layers))
-        return quantize_blocks(self.spec, self.block, params, windows, seed, on_block)
+    found = find_method(method)
+    if found.build is None:
+        layers = rtn.quantize_layers(spec, jax.tree.map(jnp.asarray, params["layers"]))
+        return [QuantizedModel(params=with_layers(params, layers)) for _ in runs]
+    return quantize_blocks(spec, found.build(spec), params, windows, runs, on_block)
 
 
 def quantize_model(
@@ -99,30 +93,11 @@ def quantize_model(
     seed: int = 0,
     settings: Any = None,
     dtype: DTypeLike = jnp.float32,
-    on_block: Callable[[int, float], None] = lambda index, error: None,
 ) -> QuantizedModel:
-    """Quantizes all seven linears of every block to one width; embedding, norms and head stay in full precision.
-
-    Args:
-        method: a name in `METHODS`.
-        config: architecture.
-        params: the dense model's parameters.
-        windows: calibration tokens.
-        bits: width, 2 to 8.
-        group_size: inputs that share a scale and a zero point.
-        seed: of the order of windows, where a method trains.
-        settings: the method's config; None for its recipe at this width.
-        dtype: type of the matmuls in training.
-        on_block: called with the number of a finished block and its error.
-
-    Returns:
-        The dense model with dequantized kernels. (AWQ moves scales into the norms too.)
-
-    Raises:
-        ValueError: an unknown method, a width or group size that does not fit, or a block whose output is not finite.
-    """
+    """One run of `quantize_models`, with the method's recipe unless settings are given."""
     spec = QuantSpec(config=config, bits=bits, group_size=group_size, dtype=dtype)
-    return Baseline.create(method, spec, settings).quantize(params, windows, seed, on_block)
+    settings = find_method(method).settings.recipe(bits) if settings is None else settings
+    return quantize_models(method, spec, params, windows, [Run(settings=settings, seed=seed)])[0]
 
 
 def run_omniquant_at(spec: QuantSpec, params: Params, calibrated: QuantizedModel) -> QuantizedModel:

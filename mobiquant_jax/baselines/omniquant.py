@@ -10,50 +10,40 @@ from dataclasses import dataclass
 from functools import partial
 
 import jax
+import numpy as np
 import optax
 
 from mobiquant_jax.baselines.grid import fake_quantize
 from mobiquant_jax.baselines.kernels import Kernels, Params, get_kernels, with_kernels
-from mobiquant_jax.baselines.spec import BlockOutcome, BlockTask, QuantSpec, block_forward
-from mobiquant_jax.baselines.training import (
-    FitData,
-    Parametrization,
-    Trained,
-    check_training,
-    compile_fit,
-    epoch_order,
-)
+from mobiquant_jax.baselines.settings import check_number, static
+from mobiquant_jax.baselines.spec import BlockOutcome, BlockTask, QuantSpec
+from mobiquant_jax.baselines.training import Parametrization, Trained, build_fit, check_training, epoch_order
 from mobiquant_jax.quant import Clipping, limits
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class OmniQuantConfig:
     """Settings of OmniQuant.
 
     Attributes:
+        clipping_lr: constant learning rate of the clipping logits, AdamW without decay.
         epochs: passes over the windows.
         batch_size: windows a step.
-        clipping_lr: constant learning rate of the clipping logits, AdamW without decay.
-        propagated_weight: weight of a second target, the full-precision block on the quantized stream.
         loss: block error.
+        propagated_weight: weight of a second target, the full-precision block on the quantized stream.
     """
 
-    epochs: int = 20
-    batch_size: int = 1
     clipping_lr: float = 1e-2
-    propagated_weight: float = 0.0
-    loss: str = "mse"
+    epochs: int = static(20)
+    batch_size: int = static(1)
+    loss: str = static("mse")
+    propagated_weight: float = static(0.0)
 
     def __post_init__(self) -> None:
         """Checks the fields."""
-        check_training(
-            "omniquant",
-            steps=self.epochs,
-            batch_size=self.batch_size,
-            loss=self.loss,
-            clipping_lr=self.clipping_lr,
-            propagated_weight=self.propagated_weight,
-        )
+        check_training("omniquant", self, clipping_lr=self.clipping_lr)
+        check_number("omniquant.epochs", self.epochs, least=1)
 
     @classmethod
     def recipe(cls, bits: int) -> "OmniQuantConfig":
@@ -66,29 +56,28 @@ def clip(kernels: Kernels, clipping: Trained, bits: int) -> Kernels:
     return {path: fake_quantize(kernel, *limits(kernel, clipping[path]), bits) for path, kernel in kernels.items()}
 
 
-def build(spec: QuantSpec, config: OmniQuantConfig) -> Callable[[BlockTask], BlockOutcome]:
-    """OmniQuant for the blocks of a model; the outcome keeps the clipping logits."""
+def parametrization(spec: QuantSpec) -> Parametrization:
+    """What OmniQuant trains: the clipping logits of each kernel."""
 
-    def create(kernels: Kernels) -> Trained:
+    def create(kernels: Kernels, _: OmniQuantConfig) -> Trained:
         return {
             path: Clipping.create(kernel.shape[0], kernel.shape[1], spec.group_size) for path, kernel in kernels.items()
         }
 
-    fit = compile_fit(
-        spec,
-        Parametrization(create=create, materialize=partial(clip, bits=spec.bits)),
-        lambda steps: optax.adamw(config.clipping_lr, weight_decay=0.0),
-        loss=config.loss,
-    )
+    def optimizer(settings: OmniQuantConfig, steps: int) -> optax.GradientTransformation:
+        return optax.adamw(settings.clipping_lr, weight_decay=0.0)
+
+    return Parametrization(create=create, materialize=partial(clip, bits=spec.bits), optimizer=optimizer)
+
+
+def build(spec: QuantSpec) -> Callable[[BlockTask], BlockOutcome]:
+    """OmniQuant for the blocks of a model; the outcome keeps the clipping logits."""
+    fit = build_fit(spec, parametrization(spec))
 
     def quantize_block(task: BlockTask) -> BlockOutcome:
-        targets, weights = [task.target], [1.0]
-        if config.propagated_weight:
-            targets.append(block_forward(spec.config, task.dense, task.quantized))
-            weights.append(config.propagated_weight)
-        order = epoch_order(len(task.quantized), config.batch_size, config.epochs, task.rng)
-        data = FitData(inputs=task.quantized, targets=tuple(targets), weights=tuple(weights))
-        params, clipping = fit(task.dense, data, order)
+        windows, settings = len(task.target), task.settings
+        orders = [epoch_order(windows, settings.batch_size, settings.epochs, rng) for rng in task.rngs]
+        params, clipping = fit(task, np.stack(orders))
         return BlockOutcome(params=params, kept=clipping)
 
     return quantize_block
@@ -102,9 +91,10 @@ def run_at(spec: QuantSpec, layers: Params, clipping: Trained) -> Params:
         layers: the dense blocks' parameters, each leaf with a leading layer axis.
         clipping: what a calibration kept, each leaf with a leading layer axis.
     """
+    kernels = _clip_layers(spec.bits, get_kernels(layers, spec.config), clipping)
+    return with_kernels(layers, kernels)
 
-    @jax.jit
-    def every_layer(kernels: Kernels, clipping: Trained) -> Kernels:
-        return jax.lax.map(lambda layer: clip(layer[0], layer[1], spec.bits), (kernels, clipping))
 
-    return with_kernels(layers, every_layer(get_kernels(layers, spec.config), clipping))
+@partial(jax.jit, static_argnums=0)
+def _clip_layers(bits: int, kernels: Kernels, clipping: Trained) -> Kernels:
+    return jax.lax.map(lambda layer: clip(layer[0], layer[1], bits), (kernels, clipping))

@@ -5,9 +5,11 @@ W_n = s (clip(round(W / s) + round(z), 0, 2^n - 1) - round(z))      W, s, z trai
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mobiquant_jax.baselines.grid import (
@@ -19,48 +21,39 @@ from mobiquant_jax.baselines.grid import (
     shrunk_limits,
 )
 from mobiquant_jax.baselines.kernels import Kernels
+from mobiquant_jax.baselines.settings import check_number, static
 from mobiquant_jax.baselines.spec import BlockOutcome, BlockTask, QuantSpec
-from mobiquant_jax.baselines.training import (
-    FitData,
-    Parametrization,
-    Trained,
-    check_training,
-    compile_fit,
-    epoch_order,
-)
+from mobiquant_jax.baselines.training import Parametrization, Trained, build_fit, check_training, epoch_order
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class QATConfig:
     """Settings of block-wise QAT.
 
     Attributes:
-        epochs: passes over the windows.
-        batch_size: windows a step.
         weight_lr: peak learning rate of the weights, AdamW without decay, cosine to a twentieth.
         scale_lr: of the scales and zero points.
-        shrink_steps: candidates in the search for the range that training starts from; 0 keeps minimum and maximum.
+        epochs: passes over the windows.
+        batch_size: windows a step.
         loss: block error.
+        propagated_weight: weight of a second target, the full-precision block on the quantized stream.
+        shrink_steps: candidates in the search for the range that training starts from; 0 keeps minimum and maximum.
     """
 
-    epochs: int = 20
-    batch_size: int = 1
     weight_lr: float = 1e-4
     scale_lr: float = 1e-4
-    shrink_steps: int = 0
-    loss: str = "mse"
+    epochs: int = static(20)
+    batch_size: int = static(1)
+    loss: str = static("mse")
+    propagated_weight: float = static(0.0)
+    shrink_steps: int = static(0)
 
     def __post_init__(self) -> None:
         """Checks the fields."""
-        check_training(
-            "qat",
-            steps=self.epochs,
-            batch_size=self.batch_size,
-            loss=self.loss,
-            weight_lr=self.weight_lr,
-            scale_lr=self.scale_lr,
-            shrink_steps=self.shrink_steps,
-        )
+        check_training("qat", self, weight_lr=self.weight_lr, scale_lr=self.scale_lr)
+        check_number("qat.epochs", self.epochs, least=1)
+        check_number("qat.shrink_steps", self.shrink_steps, least=0)
 
     @classmethod
     def recipe(cls, bits: int) -> "QATConfig":
@@ -68,39 +61,44 @@ class QATConfig:
         return cls()
 
 
-def build(spec: QuantSpec, config: QATConfig) -> Callable[[BlockTask], BlockOutcome]:
-    """Block-wise QAT for the blocks of a model."""
+def parametrization(spec: QuantSpec) -> Parametrization:
+    """What block-wise QAT trains: weights, scales and zero points of each kernel."""
 
-    def create_linear(kernel: jax.Array) -> Trained:
-        scale, zero = scale_and_zero(*shrunk_limits(kernel, spec.group_size, spec.bits, config.shrink_steps), spec.bits)
-        return {"kernel": kernel, "scale": scale, "zero": zero}
+    def create(kernels: Kernels, settings: QATConfig) -> Trained:
+        grids = {
+            path: scale_and_zero(*shrunk_limits(kernel, spec.group_size, spec.bits, settings.shrink_steps), spec.bits)
+            for path, kernel in kernels.items()
+        }
+        scales, zeros = ({path: grid[part] for path, grid in grids.items()} for part in (0, 1))
+        return {"weight": kernels, "scale": scales, "zero": zeros}
 
-    def materialize_linear(trained: Trained) -> jax.Array:
-        scale = jnp.clip(trained["scale"], SMALLEST_SCALE, LARGEST_SCALE)
-        return round_to_grid(trained["kernel"], scale, round_straight_through(trained["zero"]), spec.bits)
+    def materialize(_: Kernels, trained: Trained) -> Kernels:
+        def linear(weight: jax.Array, scale: jax.Array, zero: jax.Array) -> jax.Array:
+            return round_to_grid(weight, scale, round_straight_through(zero), spec.bits)
 
-    def optimizer(steps: int) -> optax.GradientTransformation:
+        return jax.tree.map(linear, trained["weight"], trained["scale"], trained["zero"])
+
+    def optimizer(settings: QATConfig, steps: int) -> optax.GradientTransformation:
         def adamw(rate: float) -> optax.GradientTransformation:
             return optax.adamw(optax.cosine_decay_schedule(rate, steps, alpha=0.05), weight_decay=0.0)
 
-        def labels(trained: Trained) -> Trained:
-            return {
-                path: {name: "weight" if name == "kernel" else "grid" for name in trained[path]} for path in trained
-            }
+        rates = {"weight": settings.weight_lr, "scale": settings.scale_lr, "zero": settings.scale_lr}
+        return optax.partition({name: adamw(rate) for name, rate in rates.items()}, {name: name for name in rates})
 
-        return optax.partition({"weight": adamw(config.weight_lr), "grid": adamw(config.scale_lr)}, labels)
+    def project(trained: Trained) -> Trained:
+        clip = partial(jnp.clip, min=SMALLEST_SCALE, max=LARGEST_SCALE)
+        return trained | {"scale": jax.tree.map(clip, trained["scale"])}
 
-    def create(kernels: Kernels) -> Trained:
-        return {path: create_linear(kernel) for path, kernel in kernels.items()}
+    return Parametrization(create=create, materialize=materialize, optimizer=optimizer, project=project)
 
-    def materialize(_: Kernels, trained: Trained) -> Kernels:
-        return {path: materialize_linear(linear) for path, linear in trained.items()}
 
-    fit = compile_fit(spec, Parametrization(create=create, materialize=materialize), optimizer, loss=config.loss)
+def build(spec: QuantSpec) -> Callable[[BlockTask], BlockOutcome]:
+    """Block-wise QAT for the blocks of a model."""
+    fit = build_fit(spec, parametrization(spec))
 
     def quantize_block(task: BlockTask) -> BlockOutcome:
-        order = epoch_order(len(task.quantized), config.batch_size, config.epochs, task.rng)
-        data = FitData(inputs=task.quantized, targets=(task.target,), weights=(1.0,))
-        return BlockOutcome(params=fit(task.dense, data, order)[0])
+        windows, settings = len(task.target), task.settings
+        orders = [epoch_order(windows, settings.batch_size, settings.epochs, rng) for rng in task.rngs]
+        return BlockOutcome(params=fit(task, np.stack(orders))[0])
 
     return quantize_block

@@ -11,6 +11,7 @@ from mobiquant_jax.baselines.spec import QuantSpec
 from mobiquant_jax.quant import unclipped_limits
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class RTNConfig:
     """Round-to-nearest has nothing to set."""

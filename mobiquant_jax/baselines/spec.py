@@ -1,5 +1,6 @@
-"""What every baseline is told: the model, the width, the group size."""
+"""What every baseline is told: the model, the width, the group size, and the block at hand."""
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +15,8 @@ from mobiquant_jax.baselines.grid import check_bits
 from mobiquant_jax.baselines.kernels import Params
 from mobiquant_jax.models import Block, LlamaConfig
 from mobiquant_jax.quant import check_group_size
+
+WINDOWS_AT_ONCE = 8  # of a forward pass: enough to fill an accelerator, few enough for its memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,28 +47,30 @@ class QuantSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockTask:
-    """One block to quantize.
+    """One block to quantize, for R models at once.
 
     Attributes:
         dense: its full-precision parameters.
-        quantized: what the quantized blocks before it send in.
+        quantized: what each model's quantized blocks before it send in.
         target: what the full-precision model has after it.
-        rng: for methods that draw; seeded by the run's seed and the block's number.
+        settings: the method's, each leaf ``[R]``.
+        rngs: one a model, for methods that draw; seeded by the model's seed and the block's number.
     """
 
     dense: Params
-    quantized: Float[Array, "N T D"]
+    quantized: Float[Array, "R N T D"]
     target: Float[Array, "N T D"]
-    rng: np.random.Generator
+    settings: Any
+    rngs: tuple[np.random.Generator, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockOutcome:
-    """A quantized block.
+    """A quantized block of each of R models.
 
     Attributes:
-        params: a dense block whose kernels hold dequantized values.
-        kept: what the method wants to remember of this block, a pytree, or None.
+        params: dense blocks whose kernels hold dequantized values; each leaf has a leading axis R.
+        kept: what the method wants to remember of this block, a pytree with the same leading axis, or None.
     """
 
     params: Params
@@ -77,12 +82,24 @@ def positions(x: Float[Array, "B T D"]) -> Int[Array, "B T"]:
     return jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
 
 
+def in_batches(stream: Float[Array, "N T D"]) -> Float[Array, "N/B B T D"]:
+    """Splits windows into batches as large as divides their number, at most `WINDOWS_AT_ONCE`."""
+    return stream.reshape(-1, math.gcd(len(stream), WINDOWS_AT_ONCE), *stream.shape[1:])
+
+
 @partial(jax.jit, static_argnums=0)
 def block_forward(config: LlamaConfig, block: Params, stream: Float[Array, "N T D"]) -> Float[Array, "N T D"]:
-    """A dense block applied to a stream in float32, a window at a time."""
+    """A dense block applied to a stream in float32, a few windows at a time."""
     module = Block(config)
 
-    def window(x: Float[Array, "T D"]) -> Float[Array, "T D"]:
-        return module.apply({"params": block}, x[None], positions(x[None]))[0][0]
+    def batch(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return module.apply({"params": block}, x, positions(x))[0]
 
-    return jax.lax.map(window, stream)
+    with jax.default_matmul_precision("highest"):  # accelerators would round the operands of float32 products
+        return jax.lax.map(batch, in_batches(stream)).reshape(stream.shape)
+
+
+@partial(jax.jit, static_argnums=0)
+def blocks_forward(config: LlamaConfig, blocks: Params, streams: Float[Array, "R N T D"]) -> Float[Array, "R N T D"]:
+    """`block_forward` of R models, each with its own block and stream."""
+    return jax.vmap(partial(block_forward, config))(blocks, streams)

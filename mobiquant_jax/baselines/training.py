@@ -1,11 +1,12 @@
 """Fitting a block's output by gradient descent through its fake-quantized kernels: one scan, no host in the loop.
 
-A method is a `Parametrization`, which says what is trained and how kernels follow from it, and an optimizer.
+A method is a `Parametrization`, which says what is trained, how kernels follow from it, and by which optimizer.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +15,32 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from mobiquant_jax.baselines.kernels import Kernels, Params, get_kernels, with_kernels
-from mobiquant_jax.baselines.spec import QuantSpec, positions
+from mobiquant_jax.baselines.settings import check_number
+from mobiquant_jax.baselines.spec import BlockTask, QuantSpec, block_forward, positions
 from mobiquant_jax.calibration.config import LOSSES
 from mobiquant_jax.calibration.objective import objective, sample_error
 from mobiquant_jax.calibration.optimizer import guarded_update
 from mobiquant_jax.models import Block
 
-Trained = dict[str, Any]
-"""What is trained for each linear, by path."""
+Trained = Any
+"""What is trained, a pytree."""
+
+
+class TrainingSettings(Protocol):
+    """What every trained method has among its settings.
+
+    Attributes:
+        batch_size: windows a step.
+        loss: block error, a name of ``calibration.config.LOSSES``.
+        propagated_weight: weight of a second target, the full-precision block on the quantized stream.
+    """
+
+    @property
+    def batch_size(self) -> int: ...  # noqa: D102
+    @property
+    def loss(self) -> str: ...  # noqa: D102
+    @property
+    def propagated_weight(self) -> float: ...  # noqa: D102
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,25 +48,30 @@ class Parametrization:
     """How a block's kernels follow from what is trained.
 
     Attributes:
-        create: the starting values for a block's dense kernels.
+        create: the starting values, from a block's dense kernels and the settings.
         materialize: ``(dense kernels, trained) -> fake-quantized kernels``, differentiable in the second.
+        optimizer: from the settings and the number of steps.
         project: brings trained values back into their range after each step.
+        keep_best: keep the values of the step with the lowest loss on its own batch instead of the last ones.
     """
 
-    create: Callable[[Kernels], Trained]
+    create: Callable[[Kernels, Any], Trained]
     materialize: Callable[[Kernels, Trained], Kernels]
+    optimizer: Callable[[Any, int], optax.GradientTransformation]
     project: Callable[[Trained], Trained] = lambda trained: trained
+    keep_best: bool = False
 
 
-def check_training(method: str, *, steps: int, batch_size: int, loss: str, **rates: float) -> None:
-    """Raises ValueError, naming the field, unless a training recipe makes sense."""
-    if steps < 1 or batch_size < 1:
-        raise ValueError(f"{method} needs at least one pass and one window a step, got {steps} and {batch_size}")
-    if loss not in LOSSES:
-        raise ValueError(f"{method}.loss={loss!r} is none of {', '.join(LOSSES)}")
-    for name, rate in rates.items():
-        if rate < 0:
-            raise ValueError(f"{method}.{name}={rate} must not be negative")
+Fit = Callable[[BlockTask, Int[np.ndarray, "R steps batch"]], tuple[Params, Trained]]
+
+
+def check_training(method: str, settings: TrainingSettings, **rates: float) -> None:
+    """Raises ValueError, naming the field, unless the settings that all trained methods share make sense."""
+    check_number(f"{method}.batch_size", settings.batch_size, least=1)
+    if settings.loss not in LOSSES:
+        raise ValueError(f"{method}.loss={settings.loss!r} is none of {', '.join(LOSSES)}")
+    for name, rate in ({"propagated_weight": settings.propagated_weight} | rates).items():
+        check_number(f"{method}.{name}", rate, least=0)
 
 
 def epoch_order(windows: int, batch_size: int, epochs: int, rng: np.random.Generator) -> Int[np.ndarray, "steps batch"]:
@@ -61,74 +85,66 @@ def epoch_order(windows: int, batch_size: int, epochs: int, rng: np.random.Gener
     return np.concatenate([rng.permutation(windows) for _ in range(epochs)]).reshape(-1, batch_size).astype(np.int32)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class FitData:
-    """What one block is fitted to.
-
-    Attributes:
-        inputs: the quantized stream that enters it.
-        targets: streams that should leave it; their errors are added with the weights.
-        weights: of the targets.
-    """
-
-    inputs: Float[Array, "N T D"]
-    targets: tuple[Float[Array, "N T D"], ...]
-    weights: tuple[float, ...]
-
-
-def compile_fit(
-    spec: QuantSpec,
-    parametrization: Parametrization,
-    optimizer: Callable[[int], optax.GradientTransformation],
-    *,
-    loss: str,
-    keep_best: bool = False,
-) -> Callable[[Params, FitData, Int[np.ndarray, "steps batch"]], tuple[Params, Trained]]:
-    """Compiles the fit of one block; every block of the model can use it.
+def build_fit(spec: QuantSpec, parametrization: Parametrization) -> Fit:
+    """The fit of one block, for all runs of a task at once; compiled once for all blocks.
 
     A step whose loss or update is not finite changes nothing.
 
     Args:
         spec: model, width and type of the matmuls.
         parametrization: what is trained.
-        optimizer: from the number of steps.
-        loss: block error, a name of ``calibration.config.LOSSES``.
-        keep_best: returns the values of the step with the lowest loss on its own batch instead of the last ones.
 
     Returns:
-        Jitted ``(dense block, data, windows of each step) -> (block with dequantized kernels, trained)``.
+        ``(task, windows of each run's steps) -> (blocks with dequantized kernels, trained)``, leading axes R.
     """
     module = Block(spec.config, dtype=spec.dtype)
 
-    def batch_loss(trained: Trained, dense: Params, data: FitData, ids: Int[Array, " batch"]) -> Float[Array, ""]:
+    def batch_loss(
+        trained: Trained,
+        dense: Params,
+        x: Float[Array, "B T D"],
+        targets: tuple[Float[Array, "B T D"], ...],
+        settings: TrainingSettings,
+    ) -> Float[Array, ""]:
         fake = with_kernels(dense, parametrization.materialize(get_kernels(dense, spec.config), trained))
-        x = data.inputs[ids]
         y, _ = module.apply({"params": fake}, x, positions(x))
-        errors = (
-            weight * objective(sample_error(y, target[ids], loss), loss)
-            for weight, target in zip(data.weights, data.targets, strict=True)
-        )
-        return sum(errors, start=jnp.zeros(()))
+        errors = [objective(sample_error(y, target, settings.loss), settings.loss) for target in targets]
+        return errors[0] + sum(settings.propagated_weight * error for error in errors[1:])
 
-    def fit(dense: Params, data: FitData, ids: Int[np.ndarray, "steps batch"]) -> tuple[Params, Trained]:
+    def fit(
+        settings: TrainingSettings,
+        dense: Params,
+        inputs: Float[Array, "N T D"],
+        target: Float[Array, "N T D"],
+        own: Float[Array, "N T D"] | None,
+        order: Int[Array, "steps batch"],
+    ) -> tuple[Params, Trained]:
         kernels = get_kernels(dense, spec.config)
-        transform = optimizer(len(ids))
+        optimizer = parametrization.optimizer(settings, len(order))
+        streams = (target,) if own is None else (target, own)
 
         def step(carry: Any, ids: Int[Array, " batch"]) -> tuple[Any, None]:
             trained, state, best, lowest = carry
-            value, grads = jax.value_and_grad(batch_loss)(trained, dense, data, ids)
-            if keep_best:
+            targets = tuple(stream[ids] for stream in streams)
+            value, grads = jax.value_and_grad(batch_loss)(trained, dense, inputs[ids], targets, settings)
+            if parametrization.keep_best:
                 better = value < lowest
-                best = jax.tree.map(lambda new, old: jnp.where(better, new, old), trained, best)
+                best = jax.tree.map(partial(jnp.where, better), trained, best)
                 lowest = jnp.where(better, value, lowest)
-            trained, state, _ = guarded_update(transform, value, grads, trained, state)
+            trained, state, _ = guarded_update(optimizer, value, grads, trained, state)
             return (parametrization.project(trained), state, best, lowest), None
 
-        start = parametrization.create(kernels)
-        carry = (start, transform.init(start), start if keep_best else {}, jnp.inf)
-        (last, _, best, _), _ = jax.lax.scan(step, carry, jnp.asarray(ids))
-        trained = best if keep_best else last
+        start = parametrization.create(kernels, settings)
+        carry = (start, optimizer.init(start), start if parametrization.keep_best else {}, jnp.inf)
+        (last, _, best, _), _ = jax.lax.scan(step, carry, order)
+        trained = best if parametrization.keep_best else last
         return with_kernels(dense, parametrization.materialize(kernels, trained)), trained
 
-    return jax.jit(fit)
+    runs = jax.jit(jax.vmap(fit, in_axes=(0, None, 0, None, 0, 0)))
+    forward = jax.jit(jax.vmap(partial(block_forward, spec.config), in_axes=(None, 0)))
+
+    def fit_task(task: BlockTask, order: Int[np.ndarray, "R steps batch"]) -> tuple[Params, Trained]:
+        own = forward(task.dense, task.quantized) if task.settings.propagated_weight else None
+        return runs(task.settings, task.dense, task.quantized, task.target, own, jnp.asarray(order))
+
+    return fit_task

@@ -32,12 +32,14 @@ class CalibrationConfig:
         end_nested_epochs: epochs of end-to-end tuning on the model's own logits, after the blocks, all tokens of a
             step at one width. Needs memory for the whole model, its gradients and its optimizer.
         end_joint_epochs: further epochs of it, slices and routers together.
+        end_joint_windows: windows of such an epoch, whose steps cost as many matmuls as there are slices; 0 for all.
         end_batch_size: windows a step of it.
         end_weight_lr: peak learning rate of the weights in it; 0 freezes them.
         end_clipping_lr: of the clipping logits.
         end_router_lr: of the routers.
         end_generated_windows: windows that the unquantized model writes itself to learn from; 0 for none.
         end_generated_share: share of them in each epoch's windows.
+        end_save_seconds: its state is saved after the first epoch that ends so long after the last save.
         temperature: of the gates' surrogate gradient.
         dtype: type of the matmuls in training, ``"float32"`` or ``"bfloat16"``; parameters and errors are float32.
         penalty: lambda of the recipe "paper", ``lambda (B - B*(t))^2``.
@@ -61,12 +63,14 @@ class CalibrationConfig:
     propagated_weight: float = 0.0
     end_nested_epochs: int = 0
     end_joint_epochs: int = 0
+    end_joint_windows: int = 0
     end_batch_size: int = 1
     end_weight_lr: float = 5e-5
     end_clipping_lr: float = 1e-3
     end_router_lr: float = 5e-4
     end_generated_windows: int = 0
     end_generated_share: float = 0.67
+    end_save_seconds: float = 120.0
     temperature: float = 1.0
     dtype: str = "float32"
     penalty: float = 1.0
@@ -97,6 +101,11 @@ class CalibrationConfig:
             raise ValueError(f"calibration epochs {self.first_epochs} + {self.joint_epochs} must be at least 1")
         if not 1 <= self.end_batch_size <= self.windows:
             raise ValueError(f"calibration.end_batch_size={self.end_batch_size} is outside 1..{self.windows}")
+        if self.end_joint_windows and not self.end_batch_size <= self.end_joint_windows <= self.windows:
+            raise ValueError(
+                f"calibration.end_joint_windows={self.end_joint_windows} is neither 0 nor in "
+                f"{self.end_batch_size}..{self.windows}"
+            )
         for name in ("end_nested_epochs", "end_joint_epochs"):
             if self.recipe == "paper" and getattr(self, name):
                 raise ValueError(f"calibration.{name}={getattr(self, name)}: the recipe 'paper' ends with the blocks")

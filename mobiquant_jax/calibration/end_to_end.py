@@ -3,7 +3,9 @@
 Block-wise training matches activations; what counts is the distribution over the next token. With teacher p (the
 unquantized model) and student q (the same weights through the nested quantizer, at a budget drawn each step):
 
-    L = mean_t sum_v p_tv (log p_tv - log q_tv)
+    L = log mean_t sum_v p_tv (log p_tv - log q_tv)
+
+The logarithm gives every budget the same pull: at 2 bits the divergence is a hundred times that at 8.
 
 The first epochs train the nested weights, all tokens of a step at one width; the rest train the routers with them.
 """
@@ -37,7 +39,7 @@ class TuningState:
     """What an epoch of end-to-end tuning continues from.
 
     Attributes:
-        params: trainable parameters, blocks stacked under ``layers``.
+        params: trainable parameters of the stacked blocks.
         optimizer: the optimizer's state.
         thresholds: of the routers at each budget; used where one threshold serves all linears.
     """
@@ -74,7 +76,7 @@ class EndToEndTrainer:
     dtype: DTypeLike = jnp.float32
 
     def init(self, params: Params) -> TuningState:
-        """The state before the first epoch, from trainable parameters."""
+        """The state before the first epoch, from the stacked blocks' trainable parameters."""
         budgets = jnp.asarray(self.calibration.budgets)
         return TuningState(
             params=params,
@@ -83,9 +85,7 @@ class EndToEndTrainer:
         )
 
     def epoch(self, state: TuningState, dense: Params, index: int) -> tuple[TuningState, float, bool]:
-        """As many windows as the calibration text has, drawn from it and from the generated text.
-
-        Each step has a budget of its own.
+        """Steps over windows drawn from the calibration text and the generated one, each at a budget of its own.
 
         Args:
             state: from ``init`` or the epoch before; donated.
@@ -97,18 +97,18 @@ class EndToEndTrainer:
         """
         cal = self.calibration
         rng = np.random.default_rng([cal.seed, 1_000_000 + index])
-        steps = len(self.windows) // cal.end_batch_size
+        nested = index < cal.end_nested_epochs
+        steps = self._nested_steps if nested else self._joint_steps
         windows = self._draw_windows(rng)[: steps * cal.end_batch_size]
         level = rng.permutation(np.resize(np.arange(len(cal.budgets)), steps))
         bits = np.asarray(cal.budgets, np.float32)[level]
-        nested = index < cal.end_nested_epochs
         plan = (
             windows.reshape(steps, cal.end_batch_size, -1),
             level,
             draw_widths(bits, self.elastic.slice_bits, rng).astype(np.float32) if nested else bits,
         )
-        state, losses, healthy = self._epoch_fns[nested](state, dense, plan)
-        return state, float(jnp.mean(losses)), bool(healthy)
+        state, divergences, healthy = self._epoch_fns[nested](state, dense, plan)
+        return state, float(jnp.mean(divergences)), bool(healthy)
 
     def _draw_windows(self, rng: np.random.Generator) -> Int[np.ndarray, "W T"]:
         """The share of generated windows that the recipe wants, the rest calibration text; shuffled."""
@@ -118,10 +118,18 @@ class EndToEndTrainer:
         drawn = rng.permutation(len(self.generated))[:generated]
         return rng.permutation(np.concatenate([self.windows[kept], self.generated[drawn]]))
 
+    @property
+    def _nested_steps(self) -> int:
+        return len(self.windows) // self.calibration.end_batch_size
+
+    @property
+    def _joint_steps(self) -> int:
+        return (self.calibration.end_joint_windows or len(self.windows)) // self.calibration.end_batch_size
+
     @cached_property
     def _optimizer(self) -> optax.GradientTransformation:
         cal = self.calibration
-        steps = cal.end_epochs * (len(self.windows) // cal.end_batch_size)
+        steps = cal.end_nested_epochs * self._nested_steps + cal.end_joint_epochs * self._joint_steps
         return optax.chain(
             optax.clip_by_global_norm(1.0),
             grouped_adamw(cal.end_weight_lr, cal.end_clipping_lr, cal.end_router_lr, steps),
@@ -140,29 +148,34 @@ class EndToEndTrainer:
             state, healthy = carry
             tokens, level, scalar = inputs
             target = teacher({"params": dense}, tokens)
-            (loss, off), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-                state.params, target, tokens, scalar, state.thresholds[level]
+            (loss, (divergence, off)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+                state.params, dense, target, tokens, scalar, state.thresholds[level]
             )
             params, optimizer_state, finite = guarded_update(optimizer, loss, grads, state.params, state.optimizer)
             thresholds = state.thresholds.at[level].add(THRESHOLD_GAIN * jnp.where(finite, off, 0.0))
             return (
                 TuningState(params=params, optimizer=optimizer_state, thresholds=thresholds),
                 healthy & finite,
-            ), loss
+            ), divergence
 
         def epoch(state: TuningState, dense: Params, plan: Any) -> Any:
-            (state, healthy), losses = jax.lax.scan(partial(step, dense=dense), (state, jnp.array(True)), plan)
-            return state, losses, healthy
+            (state, healthy), divergences = jax.lax.scan(partial(step, dense=dense), (state, jnp.array(True)), plan)
+            return state, divergences, healthy
 
         return jax.jit(epoch, donate_argnums=0)
 
-    def _loss(self, nested: bool) -> Callable[..., tuple[Array, Array]]:
-        """The divergence of one step, and by how many bits it was off its budget."""
+    def _loss(self, nested: bool) -> Callable[..., tuple[Array, tuple[Array, Array]]]:
+        """The loss of one step, with its divergence and by how many bits it was off its budget.
+
+        Embedding, final norm and head are the unquantized model's; only the blocks have a gradient.
+        """
         linear = partial(NestedLinear if nested else RoutedLinear, elastic=self.elastic)
         student = Llama(self.config, linear=linear, dtype=self.dtype, remat=True)
         temperature, scope = self.calibration.temperature, self.calibration.threshold_scope
 
-        def loss(params: Params, target: Array, tokens: Array, scalar: Array, threshold: Array) -> tuple[Array, Array]:
+        def loss(
+            layers: Params, dense: Params, target: Array, tokens: Array, scalar: Array, threshold: Array
+        ) -> tuple[Array, tuple[Array, Array]]:
             control: Any
             if nested:
                 control = UniformWidth(width=scalar.astype(jnp.int32))
@@ -170,11 +183,11 @@ class EndToEndTrainer:
                 control = BatchBudget(bits=scalar, temperature=temperature)
             else:
                 control = FixedThreshold(threshold=threshold, temperature=temperature)
-            logits, state = student.apply({"params": params}, tokens, control, mutable=["stats"])
+            logits, state = student.apply({"params": {**dense, "layers": layers}}, tokens, control, mutable=["stats"])
             divergence = distillation_loss(logits, target)
-            if nested or scope == "linear":
-                return divergence, jnp.zeros(())
-            used = jnp.mean(average_bits(self.config, jax.lax.stop_gradient(state["stats"]["layers"])))
-            return divergence, used - scalar
+            off = jnp.zeros(())
+            if not nested and scope == "global":
+                off = jnp.mean(average_bits(self.config, jax.lax.stop_gradient(state["stats"]["layers"]))) - scalar
+            return jnp.log(divergence + 1e-6), (divergence, off)
 
         return loss

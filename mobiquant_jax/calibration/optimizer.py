@@ -37,15 +37,15 @@ def grouped_adamw(weight_lr: float, clipping_lr: float, router_lr: float, steps:
 def guarded_update(
     optimizer: optax.GradientTransformation, loss: Float[Array, ""], grads: Params, params: Params, state: Any
 ) -> tuple[Params, Any, Bool[Array, ""]]:
-    """One optimizer step, or none where the loss, the gradient or the update is not finite.
+    """One optimizer step, or none where the loss or the gradient's norm is not finite.
 
-    A gradient whose square overflows gives a finite update, but its second moment would never recover.
+    The norm also catches a gradient whose square overflows: its second moment would never recover.
 
     Returns:
         The parameters, the optimizer's state, and whether the step was taken.
     """
+    finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
     updates, new_state = optimizer.update(grads, state, params)
-    finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads)) & jnp.isfinite(optax.tree.norm(updates))
     new = (optax.apply_updates(params, updates), new_state)
     params, state = jax.tree.map(partial(jnp.where, finite), new, (params, state))
     return params, state, finite

@@ -151,7 +151,7 @@ class Calibrator:
             yield load_tree(self.run.block(index), like)
 
     def _tune(self, trainer: BlockTrainer, params: Params, windows: Int[np.ndarray, "W T"]) -> Params:
-        """End-to-end tuning from the trained blocks; an epoch is saved when done and the one before it removed."""
+        """End-to-end tuning from the trained blocks; the state is saved now and then and the one before it removed."""
         cal = self.calibration
         tuner = EndToEndTrainer(
             config=self.config,
@@ -161,24 +161,25 @@ class Calibrator:
             generated=self._generated(params, windows),
             dtype=jnp.dtype(cal.dtype),
         )
-        around = {name: part for name, part in params.items() if name != "layers"}
         blocks = [jax.device_get(block) for block in self._trained_blocks(trainer, params)]
-        layers = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *blocks)
-        state = tuner.init({**jax.tree.map(jnp.asarray, around), "layers": layers})
+        state = tuner.init(jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *blocks))
         first = self.run.tuned_epochs()
         if first:
             like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
             state = load_tree(self.run.tuned(first), like)
         dense = jax.tree.map(jnp.asarray, params)
+        saved, saved_at = first, time.perf_counter()
         for epoch in range(first, cal.end_epochs):
             start = time.perf_counter()
             state, divergence, healthy = tuner.epoch(state, dense, epoch)
-            save_tree(self.run.tuned(epoch + 1), state)
-            self.run.remove_tuned(epoch)
+            if time.perf_counter() - saved_at >= cal.end_save_seconds:
+                save_tree(self.run.tuned(epoch + 1), state)
+                self.run.remove_tuned(saved)
+                saved, saved_at = epoch + 1, time.perf_counter()
             seconds = time.perf_counter() - start
             self.run.log({"epoch": epoch, "divergence": divergence, "healthy": healthy, "seconds": round(seconds, 3)})
             self.observer.on_tuned(epoch + 1, cal.end_epochs, divergence, healthy, seconds)
-        return jax.vmap(trainer.pack)(state.params["layers"])
+        return jax.vmap(trainer.pack)(state.params)
 
     def _generated(self, params: Params, windows: Int[np.ndarray, "W T"]) -> Int[np.ndarray, "G T"]:
         """The windows that the unquantized model wrote: those of the run's folder, so that it resumes with the same."""

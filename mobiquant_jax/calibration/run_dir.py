@@ -3,7 +3,7 @@
 run.json       config, fingerprints of model and data, provenance
 generated.npy  windows that the unquantized model wrote, where the recipe wants some
 blocks/NNN/    each finished block, until the checkpoint is complete
-tuned/NNN/     the state after the last finished epoch of end-to-end tuning, until then too
+tuned/NNN/     the last saved state of end-to-end tuning, until then too
 metrics.jsonl  a line a block
 checkpoint/    the elastic checkpoint
 """

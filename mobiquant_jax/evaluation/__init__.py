@@ -11,8 +11,9 @@ from mobiquant_jax.evaluation.perplexity import (
     perplexity_curve,
     perplexity_step,
 )
-from mobiquant_jax.evaluation.report import format_table, plot_curve, save_json, write_json
+from mobiquant_jax.evaluation.report import format_table, plot_curve, write_json
 from mobiquant_jax.evaluation.token_bits import TokenBits, format_token_bits, measure_token_bits, plot_token_bits
+from mobiquant_jax.files import save_json
 
 __all__ = [
     "MAX_BITS",

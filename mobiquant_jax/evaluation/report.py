@@ -1,8 +1,6 @@
 """A perplexity curve as a table for the terminal, as JSON and as a picture."""
 
-import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MultipleLocator, NullFormatter
 
 from mobiquant_jax.evaluation.perplexity import PerplexityResult
+from mobiquant_jax.files import save_json
 
 STYLE: dict[Any, Any] = {"font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False}
 LOG_RATIO = 4.0  # a curve that spans more than this is drawn on a logarithmic axis
@@ -58,20 +57,6 @@ def write_json(path: str | Path, results: Iterable[PerplexityResult]) -> None:
         for result in results
     ]
     save_json(path, rows)
-
-
-def save_json(path: str | Path, content: Any) -> None:
-    """Writes JSON, whole or not at all, and makes the folder if there is none.
-
-    Args:
-      path: the file to write.
-      content: JSON-ready values.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def plot_curve(path: str | Path, results: Sequence[PerplexityResult], title: str) -> None:

@@ -32,6 +32,8 @@ from mobiquant_jax.calibration.config import Stage, stages
             dict(recipe="paper", end_joint_epochs=2),
             "calibration.end_joint_epochs=2: the recipe 'paper' ends with the blocks",
         ),
+        (dict(end_joint_windows=129), "calibration.end_joint_windows=129 is neither 0 nor in 1..128"),
+        (dict(end_joint_windows=2, end_batch_size=4), "calibration.end_joint_windows=2 is neither 0 nor in 4..128"),
         (dict(end_generated_share=1.5), "calibration.end_generated_share=1.5 is outside 0..1"),
         (dict(end_generated_windows=-1), "calibration.end_generated_windows=-1 must be finite and not negative"),
         (dict(dtype="float16"), "calibration.dtype='float16' is none of float32, bfloat16"),

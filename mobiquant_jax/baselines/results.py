@@ -1,0 +1,132 @@
+"""The rows of a table of baselines in one JSON file, rewritten after each: a killed run loses nothing and is resumed.
+
+identity   what all rows have in common: fingerprints of model, calibration data and texts, and how they are used
+sessions   where the rows came from: command, commit, versions, devices; a row's ``session`` is an index
+rows       {method, bits, calibrated_bits, seed, settings, text, perplexity, ...}
+"""
+
+import json
+import math
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mobiquant_jax.files import save_json
+
+_KEY = ("method", "bits", "calibrated_bits", "seed", "settings", "text")
+Row = dict[str, Any]
+
+
+@dataclass(kw_only=True)
+class Results:
+    """A table under construction.
+
+    Attributes:
+        path: its file, or None to keep it in memory.
+        identity: what all rows have in common; its ``texts`` may grow.
+        sessions: provenance of each process that added rows.
+        rows: the table.
+    """
+
+    path: Path | None
+    identity: dict[str, Any]
+    sessions: list[dict[str, Any]]
+    rows: list[Row] = field(default_factory=list)
+
+    def __contains__(self, row: Row) -> bool:
+        """Whether there is a row for the same model and text."""
+        return _key(row) in {_key(other) for other in self.rows}
+
+    def add(self, row: Row) -> None:
+        """Adds a row and rewrites the file."""
+        self.rows.append(json.loads(json.dumps({**row, "session": len(self.sessions) - 1})))
+        if self.path is not None:
+            content = {"identity": self.identity, "sessions": self.sessions, "rows": self.rows}
+            save_json(self.path, content, indent=1)
+
+
+def open_results(
+    path: str | Path | None, identity: dict[str, Any], session: dict[str, Any], *, resume: bool, overwrite: bool
+) -> Results:
+    """A new table, or one to be continued.
+
+    Args:
+        path: its file; None to keep the table in memory.
+        identity: what all rows have in common, JSON-ready. A table may be continued with other ``texts``.
+        session: provenance of this process.
+        resume: continue the table that is there, if any.
+        overwrite: replace the table that is there, if any, once the first row is complete.
+
+    Raises:
+        ValueError: both flags; a file in the way without a flag; a file that is no such table, or one of another
+            identity, naming what differs.
+    """
+    if resume and overwrite:
+        raise ValueError("give one of --resume and --overwrite")
+    identity = json.loads(json.dumps(identity))
+    path = None if path is None else Path(path)
+    if path is None or not path.exists() or overwrite:
+        return Results(path=path, identity=identity, sessions=[session])
+    if not resume:
+        raise ValueError(f"'{path}' exists: --resume adds what is missing, --overwrite starts over")
+    content = read_results(path)
+    old = content["identity"]
+    for name in sorted((identity.keys() | old.keys()) - {"texts"}):
+        _check_same(path, name, old.get(name), identity.get(name))
+    for text in old["texts"].keys() & identity["texts"].keys():
+        _check_same(path, f"text {text}", old["texts"][text], identity["texts"][text])
+    identity["texts"] = old["texts"] | identity["texts"]
+    return Results(path=path, identity=identity, sessions=[*content["sessions"], session], rows=content["rows"])
+
+
+def read_results(path: str | Path) -> dict[str, Any]:
+    """The content of a table's file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is something else.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no results '{path}'")
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"'{path}' is not JSON: {error}") from error
+    if not isinstance(content, dict) or not content.keys() >= {"identity", "sessions", "rows"}:
+        raise ValueError(f"'{path}' holds no table of baselines")
+    return content
+
+
+def best_settings(rows: list[Row], method: str, bits: int) -> tuple[dict[str, Any] | None, int]:
+    """The settings of a method, at a width, with the lowest mean perplexity over seeds, and how many were tried.
+
+    Args:
+        rows: of one text, on which settings may be chosen.
+        method: name of the baseline.
+        bits: its width, for calibration and use.
+
+    Returns:
+        ``(settings, number tried)``; ``(None, 0)`` where the method has no rows at the width.
+
+    Raises:
+        ValueError: the rows are of several texts.
+    """
+    mine = [row for row in rows if (row["method"], row["bits"], row["calibrated_bits"]) == (method, bits, bits)]
+    if len(texts := {row["text"] for row in mine}) > 1:
+        raise ValueError(f"settings are chosen on one text, not on {', '.join(sorted(texts))}")
+    tried: dict[str, list[float]] = defaultdict(list)
+    for row in mine:
+        tried[json.dumps(row["settings"])].append(math.inf if row["perplexity"] is None else row["perplexity"])
+    if not tried:
+        return None, 0
+    return json.loads(min(tried, key=lambda settings: sum(tried[settings]) / len(tried[settings]))), len(tried)
+
+
+def _check_same(path: Path, name: str, before: Any, now: Any) -> None:
+    if before != now:
+        raise ValueError(f"'{path}' was made with {name}={before!r}, not {now!r}: --overwrite starts over")
+
+
+def _key(row: Row) -> str:
+    return json.dumps([row[name] for name in _KEY], sort_keys=True)

@@ -1,0 +1,92 @@
+"""What a config names, loaded: the unquantized model and its windows of text. Shared by the scripts."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int32
+from ml_collections import ConfigDict
+
+from mobiquant_jax.data import load_token_ids, token_windows
+from mobiquant_jax.io import load_dense
+from mobiquant_jax.io.dither import dither
+from mobiquant_jax.models import Llama, LlamaConfig
+from mobiquant_jax.models.elastic import ElasticModel
+
+_SIZES = (  # fields of model.architecture that tell models apart
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+_SECTIONS = {"calibration": "calibration", "heldout": "evaluation"}
+
+
+def frozen(value: Any) -> Any:
+    """Lists, and sections, of a ConfigDict as the tuples and dicts that frozen configs hold."""
+    return tuple(value) if isinstance(value, list) else value.to_dict() if isinstance(value, ConfigDict) else value
+
+
+def load_architecture(config: ConfigDict) -> LlamaConfig:
+    """The architecture of ``config.model``."""
+    return LlamaConfig(**{name: frozen(value) for name, value in config.model.architecture.items()})
+
+
+def load_dense_model(config: ConfigDict) -> ElasticModel:
+    """The unquantized model of ``config.model``: from its source, dithered if asked for, or of random weights.
+
+    Returns:
+        The model; its variables lie on the host unless they are random.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        ValueError: ``config.model`` is mistaken, or describes another architecture than its source has.
+    """
+    if config.model.weights not in ("source", "random"):
+        raise ValueError(f"model.weights={config.model.weights!r} is neither source nor random")
+    architecture = load_architecture(config)
+    if config.model.weights == "random":
+        tokens = jnp.zeros((1, 2), jnp.int32)
+        params = jax.jit(Llama(architecture).init)(jax.random.key(0), tokens)["params"]
+        return ElasticModel(config=architecture, variables={"params": params})
+    found, params, tokenizer = load_dense(config.model.source)
+    for name in _SIZES:
+        if getattr(found, name) != getattr(architecture, name):
+            raise ValueError(
+                f"'{config.model.source}' is another model than model.architecture describes: "
+                f"its {name} is {getattr(found, name)}, not {getattr(architecture, name)}"
+            )
+    if config.model.dither:
+        params = dither(params, found)
+    return ElasticModel(config=found, variables={"params": params}, tokenizer=tokenizer)
+
+
+def load_windows(config: ConfigDict, model: ElasticModel, split: str) -> Int32[np.ndarray, "n T"]:
+    """The windows of ``config.data.source``, as many and as long as the section of their use says.
+
+    Args:
+        config: its section ``calibration`` or ``evaluation`` gives ``windows`` and ``window_length``.
+        model: whose tokens.
+        split: ``calibration`` or ``heldout``.
+
+    Raises:
+        ValueError: windows longer than the model's context, a source that has fewer, or as `load_token_ids`.
+    """
+    section = config[_SECTIONS[split]]
+    if section.window_length > model.config.max_position_embeddings:
+        raise ValueError(
+            f"window_length={section.window_length} ({split}) exceeds the model's context of "
+            f"{model.config.max_position_embeddings} tokens"
+        )
+    ids = load_token_ids(config.data.source, split, model.tokenizer)
+    windows = token_windows(ids, section.window_length, section.windows, model.config.vocab_size)
+    if len(windows) < section.windows:
+        raise ValueError(
+            f"'{config.data.source}' ({split}) has {len(windows)} windows of {section.window_length} tokens, "
+            f"not {section.windows}"
+        )
+    return windows

@@ -1,0 +1,181 @@
+"""The model as it is served: packed weights of all layers, read in place by layer index.
+
+The same mathematics as `Llama` over `ElasticLinear`, written as one pure function over arrays made for it: linears of
+one input are fused, and the loop over layers carries an index, since a slice of the stacked weights would be copied
+before a kernel could read it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Float, Int
+
+from mobiquant_jax.models.attention import attention
+from mobiquant_jax.models.config import LlamaConfig
+from mobiquant_jax.models.elastic import ElasticModel
+from mobiquant_jax.models.kv_cache import KVCache, LayerCache
+from mobiquant_jax.models.layers import project, rms_norm, swiglu
+from mobiquant_jax.models.rope import apply_rope, inverse_frequencies
+from mobiquant_jax.serving.site import Site, fuse_site
+
+Carry = tuple[Array, KVCache, Array]  # residual stream, cache, weight bits read by each token
+SITES = {
+    "qkv": ("attention/q_proj", "attention/k_proj", "attention/v_proj"),
+    "o": ("attention/o_proj",),
+    "gate_up": ("mlp/gate_proj", "mlp/up_proj"),
+    "down": ("mlp/down_proj",),
+}
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class ServingArrays:
+    """Everything on the device.
+
+    Attributes:
+        embedding: token vectors; also the head where the model ties them.
+        head: output kernel, or None.
+        final_norm: gain before the head.
+        attention_norm: gain before each layer's attention.
+        mlp_norm: gain before each layer's MLP.
+        sites: the linears, by the names of `SITES`.
+    """
+
+    embedding: Float[Array, "V D"]
+    head: Float[Array, "D V"] | None
+    final_norm: Float[Array, " D"]
+    attention_norm: Float[Array, "L D"]
+    mlp_norm: Float[Array, "L D"]
+    sites: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)  # compared and hashed by identity, so its methods can be static to jit
+class PackedModel:
+    """A model ready to decode: `decode` is what ``generate`` and ``stream`` take.
+
+    Attributes:
+        config: architecture.
+        variables: the arrays.
+        dtype: type of the activations.
+    """
+
+    config: LlamaConfig
+    variables: ServingArrays
+    dtype: DTypeLike = jnp.bfloat16
+
+    def decode(
+        self, variables: ServingArrays, tokens: Int[Array, "B T"], cache: KVCache, bits: ArrayLike
+    ) -> tuple[Float[Array, "B T V"], Float[Array, "B T"], KVCache]:
+        """Logits, the bits each token used, and the grown cache; see `ElasticModel.decode`. Pure.
+
+        Args:
+            variables: the arrays.
+            tokens: token ids that follow what the cache holds.
+            cache: keys and values of earlier tokens; needs room for T more.
+            bits: target average bits, a scalar or one a sequence; traced.
+        """
+        cfg = self.config
+        batch, length = tokens.shape
+        positions = cache.length[:, None] + jnp.arange(length, dtype=jnp.int32)
+        target = jnp.broadcast_to(jnp.asarray(bits, jnp.float32), (batch,))
+
+        def layer(index: Any, carry: Carry) -> Carry:
+            x, cache, read = carry
+            normed = rms_norm(x, variables.attention_norm[index], cfg.rms_norm_eps)
+            mixed, cache, attention_read = self._attention(variables, normed, positions, cache, target, index)
+            x = x + mixed
+            normed = rms_norm(x, variables.mlp_norm[index], cfg.rms_norm_eps)
+            (gate, up), up_read = variables.sites["gate_up"](normed, target, index, self.dtype)
+            (down,), down_read = variables.sites["down"](swiglu(gate, up), target, index, self.dtype)
+            return x + down, cache, read + attention_read + up_read + down_read
+
+        with jax.named_scope("embed"):
+            x = variables.embedding[tokens].astype(self.dtype)
+        start = (x, cache, jnp.zeros(tokens.shape, jnp.float32))
+        x, cache, read = self._over_layers(layer, start)
+        with jax.named_scope("unembed"):
+            x = rms_norm(x, variables.final_norm, cfg.rms_norm_eps)
+            logits = project(x, variables.embedding.T if variables.head is None else variables.head)
+        weights = float(cfg.num_hidden_layers * sum(rows * columns for rows, columns in cfg.linear_shapes().values()))
+        return logits, read / weights, KVCache(k=cache.k, v=cache.v, length=cache.length + length)
+
+    def _over_layers(self, layer: Callable[[Any, Carry], Carry], start: Carry) -> Carry:
+        return jax.lax.fori_loop(0, self.config.num_hidden_layers, layer, start)
+
+    def _attention(
+        self, variables: ServingArrays, x: Array, positions: Array, cache: KVCache, bits: Array, index: Array
+    ) -> tuple[Float[Array, "B T D"], KVCache, Float[Array, "B T"]]:
+        cfg = self.config
+        outputs, read = variables.sites["qkv"](x, bits, index, self.dtype)
+        q, k, v = (y.reshape(*x.shape[:2], -1, cfg.head_dim) for y in outputs)
+        frequencies = inverse_frequencies(cfg)
+        q, k = apply_rope(q, positions, frequencies), apply_rope(k, positions, frequencies)
+        rows = jnp.arange(x.shape[0])[:, None]
+        # The whole cache is carried and written in place: as scanned slices it would be copied once a token.
+        cache = KVCache(
+            k=cache.k.at[index, rows, positions].set(k.astype(cache.k.dtype), mode="drop"),
+            v=cache.v.at[index, rows, positions].set(v.astype(cache.v.dtype), mode="drop"),
+            length=cache.length,
+        )
+        mine = LayerCache(k=cache.k[index], v=cache.v[index])
+        slots = jnp.arange(cache.k.shape[2])[None]
+        mixed = attention(q, mine.k.astype(q.dtype), mine.v.astype(q.dtype), positions, slots)
+        (out,), out_read = variables.sites["o"](mixed.reshape(*x.shape[:2], -1), bits, index, self.dtype)
+        return out, cache, read + out_read
+
+
+def prepare(model: ElasticModel, dtype: DTypeLike = jnp.bfloat16) -> PackedModel:
+    """Repacks a calibrated model for serving, on the device it is on.
+
+    Args:
+        model: an elastic model. Its arrays stay as they are; drop it to free them.
+        dtype: type of the activations, the embedding, the head and the routers' first layers.
+
+    Raises:
+        ValueError: the model is not elastic, or its weights have no serving layout.
+    """
+    if model.elastic is None:
+        raise ValueError("only an elastic model can be packed: this one is unquantized")
+    params = model.variables["params"]
+    head = None if model.config.tie_word_embeddings else params["lm_head"]["kernel"].astype(dtype)
+    arrays = ServingArrays(
+        embedding=params["embedder"]["embedding"].astype(dtype),
+        head=head,
+        final_norm=params["final_norm"]["scale"],
+        attention_norm=params["layers"]["attention_norm"]["scale"],
+        mlp_norm=params["layers"]["mlp_norm"]["scale"],
+        sites={name: _site(model, paths, dtype) for name, paths in SITES.items()},
+    )
+    return PackedModel(config=model.config, variables=arrays, dtype=dtype)
+
+
+def _site(model: ElasticModel, paths: tuple[str, ...], dtype: DTypeLike) -> Site:
+    assert model.elastic is not None
+
+    def leaves(collection: str, name: str) -> list[Any]:
+        found: list[Any] = []
+        for path in paths:
+            part, linear = path.split("/")
+            found.append(_child(_child(model.variables[collection]["layers"], part), linear)[name])
+        return found
+
+    return fuse_site(
+        leaves("slices", "weight"),
+        leaves("params", "router"),
+        leaves("routing", "thresholds"),
+        model.elastic.budget_grid,
+        dtype,
+    )
+
+
+def _child(tree: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    return tree[name]
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes of a tree's arrays."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))

@@ -106,6 +106,7 @@ def test_a_run_leaves_a_checkpoint_a_curve_and_its_history(finished, curve):
         "curve.json",
         "curve.png",
         "metrics.jsonl",
+        "result.json",
         "run.json",
     ]
     assert (run / "curve.png").read_bytes().startswith(b"\x89PNG") and (run / "curve.png").stat().st_size > 10_000
@@ -255,22 +256,26 @@ def damaged(folder, shared_data):
     return folder / "models"
 
 
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # so ml_collections reads a config file
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["model.source={models}/missing"], "'{models}/missing' has neither model.safetensors"),
+        (
+            ["model.source={models}/missing"],
+            "{models}/missing: no model.safetensors and no model.safetensors.index.json",
+        ),
         (["model.source={models}/truncated"], "{models}/truncated/model.safetensors"),
         (["model.source={models}/empty"], "{models}/empty/model.safetensors"),
         (["model.source={models}/shape"], "model.layers.3.mlp.up_proj.weight"),
         (["model.source={models}/tensor"], "model.layers.3.mlp.up_proj.weight"),
         (["model.source={models}/nowhere"], "no file or folder '{models}/nowhere'"),
-        (["model.source="], "model.source"),
+        (["model.source="], "the model's source is empty: give a folder, a .gguf file or package:NAME"),
         (["model.architecture.hidden_size=128"], "its hidden_size is 64, not 128"),
         (["quant.group_size=7"], "attention/q_proj: group size 7 does not divide the 64 input features"),
         (["quant.group_size=0"], "group size 0"),
         (["quant.slice_bits=2,2,2"], "slice bits (2, 2, 2) must be 1, 2, 4 or 8 each and add up to 8"),
-        (["router.budget_grid=3,8"], "budget grid (3.0, 8.0) must rise from 2 to 8 bits"),
-        (["calibration.budgets=1,8"], "calibration.budgets must lie in [2, 8], got (1.0, 8.0)"),
+        (["router.budget_grid=3,8"], "budget grid (3, 8) must rise from 2 to 8 bits"),
+        (["calibration.budgets=1,8"], "calibration.budgets must lie in [2, 8], got (1, 8)"),
         (["evaluation.bits=2,9"], "average bits must be between 2 and 8, got 9"),
         (["evaluation.bits=1.5"], "average bits must be between 2 and 8, got 1.5"),
         (["quant.groupsize=4"], "unknown config field 'quant.groupsize' (nearest: 'quant.group_size')"),

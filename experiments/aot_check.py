@@ -9,7 +9,6 @@ Needs no accelerator, but the TPU compiler: pip install 'mobiquant_jax[tpu]'. Ca
 
 import dataclasses
 import importlib.metadata
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,9 @@ import jax
 from absl import flags
 
 from mobiquant_jax.aot import CHIPS, GIB, calibration_program, compile_for, render_table, serving_programs, tpu_mesh
-from mobiquant_jax.calibration import CalibrationConfig
 from mobiquant_jax.config_flags import define_config, run
-from mobiquant_jax.models import LlamaConfig
-from mobiquant_jax.models.elastic import ElasticConfig
+from mobiquant_jax.experiment import load_architecture, load_calibration, load_elastic
+from mobiquant_jax.files import read_json, save_json
 from mobiquant_jax.provenance import provenance
 
 CONFIG = define_config()
@@ -42,14 +40,9 @@ def main(_: list[str]) -> None:
     if unknown := set(ONLY.value) - set(PROGRAMS):
         raise ValueError(f"--programs: {sorted(unknown)[0]!r} is none of {', '.join(PROGRAMS)}")
     config = CONFIG.value
-    architecture = LlamaConfig(**{k: _frozen(v) for k, v in config.model.architecture.items()})
-    elastic = ElasticConfig(
-        group_size=config.quant.group_size,
-        slice_bits=tuple(config.quant.slice_bits),
-        router_hidden_size=config.router.hidden_size,
-        budget_grid=tuple(config.router.budget_grid),
-    )
-    calibration = CalibrationConfig(**{k: _frozen(v) for k, v in config.calibration.items()})
+    architecture = load_architecture(config)
+    elastic = load_elastic(config)
+    calibration = load_calibration(config)
     mesh = tpu_mesh(TOPOLOGY.value, tp=TP.value, fsdp=FSDP.value)
     chip = CHIPS[TOPOLOGY.value.partition(":")[0]]
     programs = [
@@ -88,19 +81,13 @@ def main(_: list[str]) -> None:
 
 def _replace(path: Path, record: dict[str, Any]) -> None:
     """Puts a record in the place of the one it supersedes, or at the end."""
-    records = json.loads(path.read_text()) if path.is_file() else []
+    records = read_json(path) if path.is_file() else []
 
     def key(entry: dict[str, Any]) -> Any:
         return [entry[name] for name in ("model", "topology", "mesh")]
 
     kept = [record if key(entry) == key(record) else entry for entry in records]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(kept if record in kept else [*kept, record], indent=2) + "\n")
-
-
-def _frozen(value: Any) -> Any:
-    """Lists, and sections, of a ConfigDict as the tuples and dicts that frozen configs hold."""
-    return tuple(value) if isinstance(value, list) else value.to_dict() if hasattr(value, "to_dict") else value
+    save_json(path, kept if record in kept else [*kept, record])
 
 
 if __name__ == "__main__":

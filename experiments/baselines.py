@@ -46,7 +46,7 @@ from mobiquant_jax.baselines import (
     read_results,
     run_omniquant_at,
 )
-from mobiquant_jax.config_flags import define_config, run
+from mobiquant_jax.config_flags import define_config, run, whole_numbers
 from mobiquant_jax.data import load_token_ids, token_windows
 from mobiquant_jax.evaluation import evaluate_perplexity, perplexity_step
 from mobiquant_jax.experiment import load_dense_model, load_windows
@@ -92,7 +92,7 @@ class Job:
 
     def widths(self) -> list[int | None]:
         """Where the model is run: at its own width and, for OmniQuant if asked for, at the others."""
-        others = _numbers("bits", BITS.value) if self.method == "omniquant" and ELSEWHERE.value else []
+        others = whole_numbers("bits", BITS.value) if self.method == "omniquant" and ELSEWHERE.value else []
         return [self.bits, *(bits for bits in others if bits != self.bits)]
 
 
@@ -104,7 +104,7 @@ def main(_: list[str]) -> None:
     dtype, group_size = jnp.dtype(DTYPE.value), config.quant.group_size
     specs: dict[int | None, QuantSpec] = {
         bits: QuantSpec(config=dense.config, bits=bits, group_size=group_size, dtype=dtype)
-        for bits in _numbers("bits", BITS.value)
+        for bits in whole_numbers("bits", BITS.value)
     }
     windows = load_windows(config, dense, "calibration")
     texts = _load_texts(config.evaluation.window_length, dense)
@@ -179,7 +179,7 @@ def _line(row: dict[str, Any]) -> str:
 
 def _plan() -> list[Job]:
     """The models to make, in order; every mistake on the command line shows before any work is done."""
-    widths, seeds = _numbers("bits", BITS.value), _numbers("seeds", SEEDS.value)
+    widths, seeds = whole_numbers("bits", BITS.value), whole_numbers("seeds", SEEDS.value)
     changes = [_parse_change(option, widths) for option in SETTINGS.value]
     tuned = read_results(RECIPES.value)["rows"] if RECIPES.value else []
     jobs = []
@@ -227,13 +227,6 @@ def _load_texts(window_length: int, dense: ElasticModel) -> dict[str, np.ndarray
     if not texts:
         raise ValueError("nothing to score: give --text=NAME=SOURCE")
     return texts
-
-
-def _numbers(flag: str, values: list[str]) -> list[int]:
-    """The whole numbers of a list."""
-    if not values or not all(value.isdigit() for value in values):
-        raise ValueError(f"--{flag}={','.join(values)} is not a list of whole numbers")
-    return [int(value) for value in values]
 
 
 def _parse_change(option: str, widths: list[int]) -> tuple[str, list[int], str, list[Any]]:

@@ -23,9 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from mobiquant_jax.config_flags import define_config, run
+from mobiquant_jax.config_flags import define_config, run, whole_numbers
+from mobiquant_jax.experiment import load_architecture, load_elastic
+from mobiquant_jax.files import save_json
 from mobiquant_jax.models import LlamaConfig
-from mobiquant_jax.models.elastic import ElasticConfig
 from mobiquant_jax.models.kv_cache import KVCache
 from mobiquant_jax.ops import sliced_matmul
 from mobiquant_jax.provenance import provenance
@@ -50,14 +51,9 @@ def main(_: list[str]) -> None:
     config = CONFIG.value
     if config.model.weights != "random":
         raise ValueError("the benchmark draws its weights: give --config.model.weights=random")
-    architecture = LlamaConfig(**config.model.architecture)
-    elastic = ElasticConfig(
-        group_size=config.quant.group_size,
-        slice_bits=tuple(config.quant.slice_bits),
-        router_hidden_size=config.router.hidden_size,
-        budget_grid=tuple(config.router.budget_grid),
-    )
-    batches, lengths = [int(b) for b in BATCHES.value], [int(t) for t in PREFILL.value]
+    architecture = load_architecture(config)
+    elastic = load_elastic(config)
+    batches, lengths = whole_numbers("batches", BATCHES.value), whole_numbers("prefill", PREFILL.value)
     figures: dict[str, Any] = {"read_bandwidth_TBps": read_bandwidth() / 1e12}
     show("read bandwidth", figures)
     model = random_packed(architecture, elastic, jax.random.key(0))
@@ -83,10 +79,8 @@ def main(_: list[str]) -> None:
     figures["torch"] = torch_products(architecture, elastic.group_size)
     show("torch", figures["torch"])
     if OUTPUT.value:
-        path = Path(OUTPUT.value)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({**figures, "provenance": provenance()}, indent=2) + "\n")
-        path.with_suffix(".md").write_text(markdown(figures))
+        save_json(OUTPUT.value, {**figures, "provenance": provenance()})
+        Path(OUTPUT.value).with_suffix(".md").write_text(markdown(figures))
 
 
 def show(title: str, values: Any) -> None:
@@ -145,7 +139,7 @@ def kernel_table(model: PackedModel, bandwidth: float) -> list[dict[str, Any]]:
         weights = {name: sites[name].weight for name in names}
         for depth in DEPTHS:
             at = jnp.int32(depth)
-            took = seconds(lambda: run_products(weights, inputs, at, names)) / layers  # noqa: B023
+            took = seconds(partial(run_products, weights, inputs, at, names)) / layers
             read = sum(weight.bytes_read(depth) for weight in weights.values())
             row = {"product": "+".join(names), "depth": depth, "us": 1e6 * took, "MB": read / 1e6}
             row["percent_of_read_bandwidth"] = 100 * read / took / bandwidth

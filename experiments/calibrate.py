@@ -7,7 +7,6 @@ python experiments/calibrate.py --config=configs/smollm2_135m.py --config.quant.
 
 import dataclasses
 import json
-import resource
 import time
 from typing import Any
 
@@ -19,7 +18,9 @@ from ml_collections import ConfigDict
 from mobiquant_jax.calibration import CalibrationConfig, Calibrator, ConsoleObserver, RunDir, open_run
 from mobiquant_jax.config_flags import define_config, flatten, run
 from mobiquant_jax.evaluation import (
+    PerplexityResult,
     check_bits,
+    curve_rows,
     format_table,
     format_token_bits,
     measure_token_bits,
@@ -28,16 +29,22 @@ from mobiquant_jax.evaluation import (
     plot_token_bits,
     write_json,
 )
-from mobiquant_jax.experiment import frozen, load_architecture, load_dense_model, load_windows
+from mobiquant_jax.experiment import (
+    load_architecture,
+    load_calibration,
+    load_dense_model,
+    load_elastic,
+    load_windows,
+)
 from mobiquant_jax.files import save_json
 from mobiquant_jax.io.checkpoint import is_checkpoint, load_checkpoint, save_checkpoint
 from mobiquant_jax.io.tokenizer import Tokenizer
 from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel
-from mobiquant_jax.provenance import fingerprint, provenance
+from mobiquant_jax.provenance import fingerprint, peak_host_bytes, provenance
 from mobiquant_jax.serving import SamplingConfig, generate
 
 CONFIG = define_config()
-RESUME = flags.DEFINE_boolean("resume", False, "continue the run in run_dir after its last finished block")
+RESUME = flags.DEFINE_boolean("resume", False, "continue the run in run_dir from what it saved last")
 OVERWRITE = flags.DEFINE_boolean("overwrite", False, "delete the run in run_dir and start over")
 
 _OUTCOME = ("evaluation.", "run_dir")  # fields that may change when a run is resumed
@@ -51,13 +58,8 @@ def main(_: list[str]) -> None:
     """Calibrates, saves, evaluates and draws."""
     start = time.perf_counter()
     config = CONFIG.value
-    elastic = ElasticConfig(
-        group_size=config.quant.group_size,
-        slice_bits=tuple(config.quant.slice_bits),
-        router_hidden_size=config.router.hidden_size,
-        budget_grid=tuple(config.router.budget_grid),
-    )
-    calibration = CalibrationConfig(**{k: frozen(v) for k, v in config.calibration.items()})
+    elastic = load_elastic(config)
+    calibration = load_calibration(config)
     calibration.check_slices(elastic.slice_bits)
     _check_evaluation(config.evaluation, elastic)
     elastic.check_model(load_architecture(config))  # before the weights are read
@@ -80,16 +82,16 @@ def main(_: list[str]) -> None:
         print(f"calibrated in {time.perf_counter() - start:.0f} s")
     run_dir.remove_intermediate()
     print(f"measuring on {heldout.size} held-out tokens", flush=True)
-    _show(model, dense, heldout, config, run_dir)
-    seconds = time.perf_counter() - start
+    results = _show(model, dense, heldout, config, run_dir)
+    seconds, peak = time.perf_counter() - start, round(peak_host_bytes() / 1e9, 2)
     result = {
         "provenance": record["provenance"],
-        "seconds": round(seconds, 1),
-        "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),  # of the host
-        "curve": json.loads((run_dir.path / "curve.json").read_text()),
+        "seconds": None if RESUME.value else round(seconds, 1),  # a resumed run's are not all of them
+        "peak_gb": peak,
+        "curve": curve_rows(results),
     }
     save_json(run_dir.path / "result.json", result)
-    print(f"checkpoint: {run_dir.checkpoint}    total {seconds:.0f} s, {result['peak_gb']} GB")
+    print(f"checkpoint: {run_dir.checkpoint}    total {seconds:.0f} s, {peak} GB")
 
 
 def _check_evaluation(section: ConfigDict, elastic: ElasticConfig) -> None:
@@ -117,15 +119,17 @@ def _calibrate(
     try:
         variables = calibrator.calibrate(dense.variables["params"], windows)
     except KeyboardInterrupt:
-        print(f"\n'{run_dir.path}' keeps the finished blocks: the same command with --resume continues", flush=True)
+        print(f"\n'{run_dir.path}' keeps what was saved: the same command with --resume continues", flush=True)
         raise
     model = dataclasses.replace(dense, elastic=elastic, variables=variables)
     save_checkpoint(run_dir.checkpoint, model, json.loads(json.dumps(record)))
     return model
 
 
-def _show(model: ElasticModel, dense: ElasticModel, heldout: np.ndarray, config: ConfigDict, run_dir: RunDir) -> None:
-    """The table and the curve and, where there is a tokenizer, what the model makes of a text."""
+def _show(
+    model: ElasticModel, dense: ElasticModel, heldout: np.ndarray, config: ConfigDict, run_dir: RunDir
+) -> list[PerplexityResult]:
+    """Measures and shows the curve and, where there is a tokenizer, what the model makes of a text."""
     batch_size = config.evaluation.batch_size
     reference = perplexity_curve(dense, heldout, [None], batch_size=batch_size)
     results = perplexity_curve(model, heldout, config.evaluation.bits, batch_size=batch_size) + reference
@@ -138,17 +142,19 @@ def _show(model: ElasticModel, dense: ElasticModel, heldout: np.ndarray, config:
     for picture in ("curve.json", "curve.png", "tokens.png"):
         if (run_dir.path / picture).is_file():
             print(run_dir.path / picture)
+    return results
 
 
 def _show_text(model: ElasticModel, tokenizer: Tokenizer, run_dir: RunDir) -> None:
     """The picture of a sentence and two short continuations."""
     assert model.elastic is not None
-    token_bits = measure_token_bits(model, tokenizer, SENTENCE, 3.0)
-    title = f"{run_dir.path.name}: bits each token used at 3 average bits"
+    few = max(3.0, model.elastic.slice_bits[0])
+    token_bits = measure_token_bits(model, tokenizer, SENTENCE, few)
+    title = f"{run_dir.path.name}: bits each token used at {few:g} average bits"
     plot_token_bits(run_dir.path / "tokens.png", token_bits, title)
-    print(f"\nbits by token at 3 average bits:\n{format_token_bits(token_bits)}")
+    print(f"\nbits by token at {few:g} average bits:\n{format_token_bits(token_bits)}")
     prompt = tokenizer.encode(PROMPT)
-    for bits in (max(3.0, model.elastic.slice_bits[0]), 8.0):
+    for bits in (few, 8.0):
         text = generate(
             model.decode,
             model.variables,

@@ -3,30 +3,35 @@
 python experiments/readme_tables.py
 """
 
-import json
 import re
 from pathlib import Path
 
 from absl import flags
 
 from mobiquant_jax.config_flags import run
-from mobiquant_jax.markdown import fill
+from mobiquant_jax.evaluation import markdown_table
+from mobiquant_jax.files import read_json_object
 
+README = flags.DEFINE_string("readme", "README.md", "the file, in the folder that the results are named from")
 CHECK = flags.DEFINE_boolean("check", False, "change nothing; fail if a table is not what its results say")
-
-ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
 
 
 def main(_: list[str]) -> None:
     """Replaces what stands between ``<!-- results/NAME.json -->`` and ``<!-- end -->``."""
-    old = README.read_text()
-    names = re.findall(r"<!-- (results/\S+) -->", old)
-    new = fill(old, {name: json.loads((ROOT / name).read_text()) for name in names})
+    readme = Path(README.value)
+    if not readme.is_file():
+        raise FileNotFoundError(f"no file '{readme}'")
+    old = readme.read_text()
+
+    def section(match: re.Match[str]) -> str:
+        name = match.group(1)
+        return f"<!-- {name} -->\n{markdown_table(read_json_object(readme.parent / name))}\n<!-- end -->"
+
+    new = re.sub(r"<!-- (results/\S+) -->\n.*?<!-- end -->", section, old, flags=re.DOTALL)
     if CHECK.value and new != old:
-        raise ValueError("README.md differs from results/: run python experiments/readme_tables.py")
+        raise ValueError(f"'{readme}' differs from its results: run python experiments/readme_tables.py")
     if new != old:
-        README.write_text(new)
+        readme.write_text(new)
 
 
 if __name__ == "__main__":

@@ -91,6 +91,13 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
     return fields
 
 
+def whole_numbers(flag: str, values: Sequence[str]) -> list[int]:
+    """The numbers of a list flag; a ValueError names the flag unless all are whole, and there is one."""
+    if not values or not all(value.isdecimal() for value in values):
+        raise ValueError(f"--{flag}={','.join(values)} is not a list of whole numbers")
+    return [int(value) for value in values]
+
+
 def run(main: Callable[[list[str]], object]) -> None:
     """Parses the command line, calls ``main(argv)`` and exits; the last line of every script.
 

@@ -1,4 +1,4 @@
-"""What a config names, loaded: the unquantized model and its windows of text. Shared by the scripts."""
+"""What a config names, made of it: settings, the unquantized model, its windows of text. Shared by the scripts."""
 
 from typing import Any
 
@@ -8,11 +8,12 @@ import numpy as np
 from jaxtyping import Int32
 from ml_collections import ConfigDict
 
+from mobiquant_jax.calibration import CalibrationConfig
 from mobiquant_jax.data import load_token_ids, token_windows
 from mobiquant_jax.io import load_dense
 from mobiquant_jax.io.dither import dither
 from mobiquant_jax.models import Llama, LlamaConfig
-from mobiquant_jax.models.elastic import ElasticModel
+from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel
 
 _SIZES = (  # fields of model.architecture that tell models apart
     "vocab_size",
@@ -26,14 +27,29 @@ _SIZES = (  # fields of model.architecture that tell models apart
 _SECTIONS = {"calibration": "calibration", "heldout": "evaluation"}
 
 
-def frozen(value: Any) -> Any:
+def _frozen(value: Any) -> Any:
     """Lists, and sections, of a ConfigDict as the tuples and dicts that frozen configs hold."""
     return tuple(value) if isinstance(value, list) else value.to_dict() if isinstance(value, ConfigDict) else value
 
 
 def load_architecture(config: ConfigDict) -> LlamaConfig:
     """The architecture of ``config.model``."""
-    return LlamaConfig(**{name: frozen(value) for name, value in config.model.architecture.items()})
+    return LlamaConfig(**{name: _frozen(value) for name, value in config.model.architecture.items()})
+
+
+def load_elastic(config: ConfigDict) -> ElasticConfig:
+    """The slicing and routing of ``config.quant`` and ``config.router``."""
+    return ElasticConfig(
+        group_size=config.quant.group_size,
+        slice_bits=tuple(config.quant.slice_bits),
+        router_hidden_size=config.router.hidden_size,
+        budget_grid=tuple(config.router.budget_grid),
+    )
+
+
+def load_calibration(config: ConfigDict) -> CalibrationConfig:
+    """The recipe of ``config.calibration``."""
+    return CalibrationConfig(**{name: _frozen(value) for name, value in config.calibration.items()})
 
 
 def load_dense_model(config: ConfigDict) -> ElasticModel:

@@ -1,4 +1,4 @@
-"""Writing files whole or not at all."""
+"""JSON files, written whole or not at all, and read with a word about what is wrong."""
 
 import json
 import os
@@ -19,3 +19,27 @@ def save_json(path: str | Path, content: Any, indent: int = 2) -> None:
     unfinished = path.with_name(path.name + ".unfinished")
     unfinished.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
     os.replace(unfinished, path)
+
+
+def read_json(path: str | Path) -> Any:
+    """Reads JSON.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not JSON; names the file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file '{path}'")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"'{path}' is not JSON: {error}") from error
+
+
+def read_json_object(path: str | Path) -> dict[str, Any]:
+    """`read_json` of a file that must hold an object, or it is a ValueError."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"'{path}' holds no JSON object")
+    return content

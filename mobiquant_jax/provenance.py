@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import resource
 import shlex
 import subprocess
 import sys
@@ -27,6 +28,12 @@ def provenance() -> dict[str, Any]:
         "device_count": jax.device_count(),
         "cores": os.cpu_count(),
     }
+
+
+def peak_host_bytes() -> int:
+    """Most memory that this process has held so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB
 
 
 def fingerprint(tree: Any) -> str:

@@ -63,16 +63,11 @@ def call_script(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def random_elastic():
-    """A function that makes an elastic model with every code, router and threshold drawn at random; uncalibrated."""
-    import jax
-    import jax.numpy as jnp
-
-    from mobiquant_jax.io.checkpoint import abstract_variables
+def small_config():
+    """A function that makes a config of the size tests can afford; its arguments replace fields."""
     from mobiquant_jax.models import LlamaConfig
-    from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel
 
-    def make(seed, elastic=None, tokenizer=None, **architecture):
+    def make(**changes):
         sizes = dict(
             vocab_size=97,
             hidden_size=64,
@@ -83,7 +78,22 @@ def random_elastic():
             head_dim=16,
             max_position_embeddings=128,
         )
-        config = LlamaConfig(**(sizes | architecture))
+        return LlamaConfig(**(sizes | changes))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def random_elastic(small_config):
+    """A function that makes an elastic model with every code, router and threshold drawn at random; uncalibrated."""
+    import jax
+    import jax.numpy as jnp
+
+    from mobiquant_jax.io.checkpoint import abstract_variables
+    from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel
+
+    def make(seed, elastic=None, tokenizer=None, **architecture):
+        config = small_config(**architecture)
         elastic = elastic or ElasticConfig(group_size=32, router_hidden_size=8, budget_grid=(2.0, 3.0, 5.0, 8.0))
         rng = np.random.default_rng(seed)
 

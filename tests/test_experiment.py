@@ -7,7 +7,13 @@ from ml_collections import ConfigDict
 
 from mobiquant_jax import experiment
 from mobiquant_jax.default_config import default_config
-from mobiquant_jax.experiment import frozen, load_architecture, load_dense_model, load_windows
+from mobiquant_jax.experiment import (
+    load_architecture,
+    load_calibration,
+    load_dense_model,
+    load_elastic,
+    load_windows,
+)
 from mobiquant_jax.io import load_dense
 
 
@@ -93,6 +99,16 @@ def test_mistaken_windows_are_named(config):
         load_windows(config, model, "heldout")
 
 
-def test_lists_and_sections_are_frozen():
-    section = ConfigDict({"a": [1, 2]})
-    assert frozen(section.a) == (1, 2) and isinstance(frozen(section), dict) and frozen(3.0) == 3.0
+def test_lists_and_sections_reach_the_frozen_configs_as_tuples_and_dicts(config):
+    config.quant.slice_bits = [2, 1, 1, 2, 2]
+    config.calibration.budgets = [2.0, 4.0, 8.0]
+    config.calibration.windows = 48
+    assert load_elastic(config).slice_bits == (2, 1, 1, 2, 2)
+    assert load_calibration(config).budgets == (2.0, 4.0, 8.0)
+    config.model.architecture.rope_scaling = dict(
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=256,
+    )
+    assert load_architecture(config).rope_scaling.factor == 8.0

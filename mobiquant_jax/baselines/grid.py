@@ -26,17 +26,17 @@ def check_bits(bits: int) -> None:
 
 @jax.custom_jvp
 def round_straight_through(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Rounds to the nearest integer; the gradient passes as if it did not.
+    """Rounds to the nearest integer, exactly; the gradient passes as if it did not.
 
-    Not ``x + stop_gradient(round(x) - x)``: compiled with fused multiply-adds that misses the integer by an ulp, which
-    puts the weights of the two end codes outside the range and takes away their gradient.
+    A compiler may fuse what precedes into ``x + stop_gradient(round(x) - x)`` and miss the integer by an ulp, which
+    would put weights of the two end codes outside the range.
     """
     return jnp.round(x)
 
 
 @round_straight_through.defjvp
-def _identity(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    return jnp.round(primals[0]), tangents[0]
+def _round_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    return round_straight_through(primals[0]), tangents[0]
 
 
 def scale_and_zero(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mobiquant_jax.files import save_json
+from mobiquant_jax.files import read_json, save_json
 
 _KEY = ("method", "bits", "calibrated_bits", "seed", "settings", "text")
 Row = dict[str, Any]
@@ -89,10 +89,7 @@ def read_results(path: str | Path) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no results '{path}'")
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"'{path}' is not JSON: {error}") from error
+    content = read_json(path)
     if not isinstance(content, dict) or not content.keys() >= {"identity", "sessions", "rows"}:
         raise ValueError(f"'{path}' holds no table of baselines")
     return content

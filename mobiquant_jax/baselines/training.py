@@ -27,20 +27,19 @@ Trained = Any
 
 
 class TrainingSettings(Protocol):
-    """What every trained method has among its settings.
-
-    Attributes:
-        batch_size: windows a step.
-        loss: block error, a name of ``calibration.config.LOSSES``.
-        propagated_weight: weight of a second target, the full-precision block on the quantized stream.
-    """
+    """What every trained method has among its settings."""
 
     @property
-    def batch_size(self) -> int: ...  # noqa: D102
+    def batch_size(self) -> int:
+        """Windows a step."""
+
     @property
-    def loss(self) -> str: ...  # noqa: D102
+    def loss(self) -> str:
+        """Block error, a name of ``calibration.config.LOSSES``."""
+
     @property
-    def propagated_weight(self) -> float: ...  # noqa: D102
+    def propagated_weight(self) -> float:
+        """Weight of a second target, the full-precision block on the quantized stream."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,8 @@ class CalibrationConfig:
         end_router_lr: of the routers.
         end_generated_windows: windows that the unquantized model writes itself to learn from; 0 for none.
         end_generated_share: share of them in each epoch's windows.
-        end_save_seconds: its state is saved after the first epoch that ends so long after the last save.
+        end_save_seconds: its state is saved after the first epoch that ends so long after the last save, since saving
+            may take longer than an epoch: a kill costs this and an epoch.
         temperature: of the gates' surrogate gradient.
         dtype: type of the matmuls in training, ``"float32"`` or ``"bfloat16"``; parameters and errors are float32.
         penalty: lambda of the recipe "paper", ``lambda (B - B*(t))^2``.

@@ -43,7 +43,7 @@ class Observer(Protocol):
         """So many texts of the unquantized model are written."""
 
     def on_tuned(self, epoch: int, epochs: int, divergence: float, healthy: bool, seconds: float) -> None:
-        """An epoch of end-to-end tuning is done and saved; ``healthy`` unless a step was not finite and left out."""
+        """An epoch of end-to-end tuning is done; ``healthy`` unless a step was not finite and left out."""
 
     def on_budget(self, bits: float) -> None:
         """The thresholds for these average bits are recorded."""

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from mobiquant_jax.files import read_json_object
+
 _IDENTITY = ("config", "model", "data")
 
 
@@ -52,9 +54,9 @@ class RunDir:
 
     def save_generated(self, windows: Int[np.ndarray, "G T"]) -> None:
         """Writes them; the file appears only once it is complete."""
-        partial = self.generated.with_suffix(f".partial-{os.getpid()}.npy")
-        np.save(partial, windows)
-        partial.rename(self.generated)
+        unfinished = self.generated.with_suffix(".unfinished.npy")
+        np.save(unfinished, windows)
+        unfinished.rename(self.generated)
 
     def tuned(self, epochs: int) -> Path:
         """The folder of the state after so many epochs of end-to-end tuning."""
@@ -124,12 +126,9 @@ def open_run(path: str | Path, record: dict[str, Any], *, resume: bool, overwrit
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads(path.read_text())
+        return read_json_object(path)
     except ValueError as error:
-        raise ValueError(f"'{path}' is not JSON ({error}): --overwrite starts over") from error
-    if not isinstance(manifest, dict):
-        raise ValueError(f"'{path}' holds no JSON object: --overwrite starts over")
-    return manifest
+        raise ValueError(f"{error}: --overwrite starts over") from error
 
 
 def _check_same(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:

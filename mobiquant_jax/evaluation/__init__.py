@@ -11,7 +11,7 @@ from mobiquant_jax.evaluation.perplexity import (
     perplexity_curve,
     perplexity_step,
 )
-from mobiquant_jax.evaluation.report import format_table, plot_curve, write_json
+from mobiquant_jax.evaluation.report import curve_rows, format_table, markdown_table, plot_curve, write_json
 from mobiquant_jax.evaluation.token_bits import TokenBits, format_token_bits, measure_token_bits, plot_token_bits
 from mobiquant_jax.files import save_json
 
@@ -23,8 +23,10 @@ __all__ = [
     "TokenBits",
     "check_bits",
     "evaluate_perplexity",
+    "curve_rows",
     "format_table",
     "format_token_bits",
+    "markdown_table",
     "measure_token_bits",
     "parse_bits",
     "perplexity_curve",

@@ -40,14 +40,13 @@ def format_table(results: Sequence[PerplexityResult]) -> str:
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
-def write_json(path: str | Path, results: Iterable[PerplexityResult]) -> None:
-    """Writes the curve as a list of {bits, measured_bits, perplexity, tokens}, whole or not at all.
+def curve_rows(results: Iterable[PerplexityResult]) -> list[dict[str, Any]]:
+    """The curve as JSON-ready rows {bits, measured_bits, perplexity, tokens}.
 
     Args:
-      path: the file to write.
-      results: points of the curve; ``bits`` of an unquantized model, and a perplexity that is not finite, are null.
+      results: points of the curve; ``bits`` of an unquantized model, and a perplexity that is not finite, become None.
     """
-    rows = [
+    return [
         {
             "bits": result.bits,
             "measured_bits": result.measured_bits,
@@ -56,7 +55,42 @@ def write_json(path: str | Path, results: Iterable[PerplexityResult]) -> None:
         }
         for result in results
     ]
-    save_json(path, rows)
+
+
+def write_json(path: str | Path, results: Iterable[PerplexityResult]) -> None:
+    """Writes `curve_rows` to a file, whole or not at all."""
+    save_json(path, curve_rows(results))
+
+
+def markdown_table(result: dict[str, Any]) -> str:
+    """A calibration's ``result.json`` as Markdown: the curve, and what gave it.
+
+    Args:
+      result: its content: provenance, seconds (None of a resumed run), peak_gb, and the rows of the curve, one of them
+        the unquantized model's.
+
+    Returns:
+      The table, an empty line and a sentence.
+    """
+    rows = ["| average bits | measured | perplexity | against unquantized |", "|---|---|---|---|"]
+    reference = next(point["perplexity"] for point in result["curve"] if point["bits"] is None)
+    for point in result["curve"]:
+        if point["bits"] is None:
+            rows.append(f"| unquantized | - | {reference:.2f} | |")
+        elif point["perplexity"] is None:
+            rows.append(f"| {point['bits']:g} | {point['measured_bits']:.2f} | not finite | |")
+        else:
+            excess = 100 * (point["perplexity"] / reference - 1)
+            numbers = f"{point['measured_bits']:.2f} | {point['perplexity']:.2f} | {excess:+.1f} %"
+            rows.append(f"| {point['bits']:g} | {numbers} |")
+    origin = result["provenance"]
+    seconds = "resumed" if result["seconds"] is None else f"{result['seconds']:.0f} s"
+    versions = ", ".join(f"{name} {origin['versions'][name]}" for name in ("jax", "flax"))
+    source = (
+        f"`{origin['command']}` at {(origin['commit'] or 'no commit')[:7]}: {seconds}, {result['peak_gb']:.1f} GB of "
+        f"host memory; {', '.join(origin['devices'])}, {origin['cores']} cores; Python {origin['python']}, {versions}."
+    )
+    return "\n".join([*rows, "", source])
 
 
 def plot_curve(path: str | Path, results: Sequence[PerplexityResult], title: str) -> None:

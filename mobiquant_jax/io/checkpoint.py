@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from mobiquant_jax import distributed
+from mobiquant_jax.files import read_json_object, save_json
 from mobiquant_jax.io.tokenizer import has_tokenizer, load_tokenizer
 from mobiquant_jax.models.config import LlamaConfig
 from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel, Variables
@@ -46,20 +47,22 @@ def save_tree(path: str | Path, tree: Any) -> None:
     Raises:
         ValueError: the folder exists.
         OSError: the disk refuses; nothing is left behind.
-        OSError: the disk refuses; nothing is left behind.
     """
     path = Path(path).absolute()
     if path.exists():
         raise ValueError(f"'{path}' exists already")
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = distributed.partial_name(path)
+
+    def complete() -> None:
+        save_json(partial / INVENTORY, _file_sizes(partial))
+        partial.rename(path)
+
     try:
         # One that was killed may have had the same process id.
         distributed.on_main(f"saving '{path}'", lambda: shutil.rmtree(partial, ignore_errors=True))
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(partial, tree, save_args=jax.tree.map(_by_layer, tree))
-        (partial / INVENTORY).write_text(json.dumps(_file_sizes(partial)) + "\n")
-        partial.rename(path)
+        distributed.on_main(f"saving '{path}'", complete)
     except ValueError as error:  # TensorStore tells of a full disk by one, after a chain of "Error writing ...: "
         reason = " ".join(str(error).rpartition(": ")[2].split())
         raise OSError(f"cannot write '{path}': {reason}") from error
@@ -88,7 +91,7 @@ def _check_files(folder: Path) -> None:
     whenever it happens to be collected. So a folder with a missing or short file is never handed to it.
     """
     found = _file_sizes(folder)
-    for name, size in _read_json(folder / INVENTORY).items():
+    for name, size in read_json_object(folder / INVENTORY).items():
         if found.get(name) != size:
             state = "missing" if name not in found else f"{found[name]} bytes long, not {size}"
             raise ValueError(f"file '{name}' is {state}")
@@ -249,11 +252,11 @@ def read_manifest(path: str | Path) -> tuple[LlamaConfig, ElasticConfig]:
     path = Path(path)
     if not is_checkpoint(path):
         raise FileNotFoundError(f"'{path}' is no elastic checkpoint: it has no {MANIFEST}")
-    manifest = _read_json(path / MANIFEST)
+    manifest = read_json_object(path / MANIFEST)
     for name, known in (("format_version", FORMAT_VERSION), ("layout_version", LAYOUT_VERSION)):
         if manifest.get(name) != known:
             raise ValueError(f"'{path}' has {name} {manifest.get(name)!r}, this version reads {known}")
-    config = LlamaConfig.from_hf(_read_json(path / "config.json"))
+    config = LlamaConfig.from_hf(read_json_object(path / "config.json"))
     try:
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in manifest["elastic"].items()}
         elastic = ElasticConfig(**fields)
@@ -261,15 +264,3 @@ def read_manifest(path: str | Path) -> tuple[LlamaConfig, ElasticConfig]:
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"'{path / MANIFEST}' does not describe the slicing: {error}") from error
     return config, elastic
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no file '{path}'")
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"'{path}' is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"'{path}' holds no JSON object")
-    return content

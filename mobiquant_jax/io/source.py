@@ -28,8 +28,10 @@ def resolve(source: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: there is nothing there, or the package is not installed or holds no ``.gguf`` file.
-        ValueError: the package holds several.
+        ValueError: no source, or the package holds several.
     """
+    if not str(source):
+        raise ValueError("the model's source is empty: give a folder, a .gguf file or package:NAME")
     if not str(source).startswith(_PACKAGE):
         path = Path(source).expanduser()
         if not path.exists():

@@ -10,7 +10,12 @@ from jaxtyping import Array, Key
 from mobiquant_jax.models.config import LlamaConfig
 from mobiquant_jax.models.elastic import ElasticConfig
 from mobiquant_jax.ops import TiledWeight
-from mobiquant_jax.ops.sliced_matmul.layout import BLOCK_INPUTS, TILE_OUTPUTS
+from mobiquant_jax.ops.sliced_matmul.layout import (
+    BLOCK_INPUTS,
+    TILE_OUTPUTS,
+    TILED_SLICE_BITS,
+    check_tileable_group,
+)
 from mobiquant_jax.routing import Router, score, threshold_for_bits
 from mobiquant_jax.serving.dense import DenseModel, DenseSite
 from mobiquant_jax.serving.packed import SITES, PackedModel, ServingArrays
@@ -29,7 +34,19 @@ def random_packed(
         elastic: slicing and routing.
         key: randomness.
         dtype: of the activations.
+
+    Raises:
+        ValueError: shapes, slices or a group size without a serving layout.
     """
+    if elastic.slice_bits != TILED_SLICE_BITS:
+        raise ValueError(f"slice bits {elastic.slice_bits} have no serving layout, only {TILED_SLICE_BITS}")
+    check_tileable_group(elastic.group_size)
+    for path, (inputs, outputs) in config.linear_shapes().items():
+        if inputs % BLOCK_INPUTS or outputs % TILE_OUTPUTS or inputs % elastic.group_size:
+            raise ValueError(
+                f"{path} [{inputs}, {outputs}] cannot be drawn in the serving layout: it takes inputs in multiples of "
+                f"{BLOCK_INPUTS} and of the group size {elastic.group_size}, outputs in multiples of {TILE_OUTPUTS}"
+            )
     keys = dict(zip(SITES, jax.random.split(key, len(SITES)), strict=True))
     sites = {name: _packed_site(config, elastic, paths, keys[name], dtype) for name, paths in SITES.items()}
     return PackedModel(config=config, variables=_around(config, key, sites, dtype), dtype=dtype)

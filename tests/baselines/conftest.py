@@ -10,15 +10,15 @@ from mobiquant_jax.models import Llama, LlamaConfig
 GROUP_SIZE = 16
 
 
-@pytest.fixture(params=[2, 4], ids=["grouped_query", "multi_head"], scope="session")
-def config(request) -> LlamaConfig:
+@pytest.fixture(scope="session")
+def config() -> LlamaConfig:
     return LlamaConfig(
         vocab_size=61,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
-        num_key_value_heads=request.param,
+        num_key_value_heads=2,
         head_dim=8,
     )
 

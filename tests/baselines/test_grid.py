@@ -140,3 +140,13 @@ def test_the_gradient_of_clipping_stops_at_the_rounded_zero_point():
     slope = sigmoid * (1 - sigmoid)
     np.testing.assert_allclose(found.gamma, to_scale * extremes[0] * slope[0] / 7, rtol=2e-4, atol=1e-3)
     np.testing.assert_allclose(found.beta, -to_scale * extremes[1] * slope[1] / 7, rtol=2e-4, atol=1e-3)
+
+
+def test_rounding_is_an_integer_when_compiled_into_what_precedes_it():
+    """As in ``x * c + (round(x * c) - x * c)``, whose sum a compiler may fuse with the product."""
+    rng = np.random.default_rng(7)
+    x, c = (jnp.asarray(rng.normal(scale=9, size=20_000), jnp.float32) for _ in range(2))
+    found = np.asarray(jax.jit(lambda x, c: round_straight_through(x * c))(x, c))
+    np.testing.assert_array_equal(found, np.round(found))
+    slope = jax.jit(jax.grad(lambda x: jnp.sum(round_straight_through(x * c))))(x)
+    np.testing.assert_array_equal(slope, c)

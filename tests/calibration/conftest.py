@@ -7,21 +7,28 @@ import pytest
 
 from mobiquant_jax.calibration import BlockTrainer, CalibrationConfig
 from mobiquant_jax.calibration.samples import Samples
-from mobiquant_jax.models import Llama, LlamaConfig
+from mobiquant_jax.models import Llama
 from mobiquant_jax.models.elastic import ElasticConfig
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Programs here run for milliseconds and compile for seconds: XLA leaves out its expensive optimizations."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="session")
-def config():
-    return LlamaConfig(
+def config(small_config):
+    return small_config(
         vocab_size=61,
         hidden_size=16,
         intermediate_size=24,
-        num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=8,
-        max_position_embeddings=64,
     )
 
 

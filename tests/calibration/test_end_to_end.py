@@ -126,6 +126,13 @@ def test_a_step_that_is_not_finite_is_left_out(tuner, start, params):
     jax.tree.map(np.testing.assert_array_equal, state.params, start)
 
 
+def test_a_joint_epoch_takes_as_many_steps_as_it_is_told(make_tuner, start, params):
+    tuner = make_tuner(end_nested_epochs=0, end_joint_windows=2)
+    state, _, _ = tuner.epoch(tuner.init(jax.tree.map(jnp.copy, start)), params, 0)
+    counts = {int(leaf) for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim == 0 and leaf.dtype == jnp.int32}
+    assert counts == {2}
+
+
 @pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (0.5, 2), (1.0, 3)])
 def test_an_epoch_holds_the_share_of_generated_windows(make_tuner, windows, share, expected):
     """Three generated windows are there, of tokens that the calibration text lacks."""

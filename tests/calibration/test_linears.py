@@ -114,7 +114,10 @@ class Surrogate:
         grouped = params["kernel"].reshape(-1, GROUP, OUT)
         lo = grouped.min(1) / (1 + np.exp(-params["clipping"].beta))
         hi = grouped.max(1) / (1 + np.exp(-params["clipping"].gamma))
-        bf16 = lambda v: v.astype(np.float32).astype(jnp.bfloat16).astype(np.float64)  # noqa: E731
+
+        def bf16(v):
+            return v.astype(np.float32).astype(jnp.bfloat16).astype(np.float64)
+
         s = self.straight_through("scale", (hi - lo) / 4, bf16)
         z = self.straight_through("zero", -64 * lo / s, np.round)
         position = np.clip(64 * grouped / s[:, None] + z[:, None], 0, 255.996)
@@ -159,11 +162,15 @@ def test_gradients_reach_every_parameter(linear, slice_bits):
     if linear == "nested":
         width = int(np.cumsum(slice_bits)[1])
         module, control = NestedLinear(features=OUT, elastic=elastic_of(slice_bits)), UniformWidth(width=width)
-        value = lambda p: np.sum(surrogate(p, width) * pull)  # noqa: E731
+        reads = (width,)
     else:
         module = RoutedLinear(features=OUT, elastic=elastic_of(slice_bits))
         control = FixedThreshold(threshold=jnp.float32(0.1), temperature=0.7)
-        value = lambda p: np.sum(surrogate(p) * pull)  # noqa: E731
+        reads = ()
+
+    def value(p):
+        return np.sum(surrogate(p, *reads) * pull)
+
     loss = jax.value_and_grad(lambda p: jnp.sum(module.apply({"params": p}, x, control) * pull))
     y, grads = jax.jit(loss)(params)
     np.testing.assert_allclose(y, value(surrogate.params), rtol=1e-3, atol=1e-3)

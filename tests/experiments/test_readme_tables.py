@@ -1,38 +1,62 @@
 """README's tables are what results/ holds."""
 
+import json
+
 import pytest
 
-from mobiquant_jax.markdown import fill
+RESULT = {
+    "provenance": {
+        "command": "python x.py --a",
+        "commit": "0123456789abcdef",
+        "python": "3.11.7",
+        "versions": {"jax": "1", "flax": "2"},
+        "devices": ["cpu"],
+        "cores": 2,
+    },
+    "seconds": 12.3,
+    "peak_gb": 4.56,
+    "curve": [
+        {"bits": 2.0, "measured_bits": 2.004, "perplexity": 30.0, "tokens": 9},
+        {"bits": 3.0, "measured_bits": 3.0, "perplexity": None, "tokens": 9},
+        {"bits": None, "measured_bits": 16.0, "perplexity": 20.0, "tokens": 9},
+    ],
+}
+FILLED = """before
+<!-- results/demo.json -->
+| average bits | measured | perplexity | against unquantized |
+|---|---|---|---|
+| 2 | 2.00 | 30.00 | +50.0 % |
+| 3 | 3.00 | not finite | |
+| unquantized | - | 20.00 | |
+
+`python x.py --a` at 0123456: 12 s, 4.6 GB of host memory; cpu, 2 cores; Python 3.11.7, jax 1, flax 2.
+<!-- end -->
+after
+"""
 
 
 @pytest.fixture
-def result():
-    return {
-        "provenance": {
-            "command": "python x.py --a",
-            "commit": "0123456789abcdef",
-            "python": "3.11.7",
-            "versions": {"jax": "1", "flax": "2"},
-            "devices": ["cpu"],
-            "cores": 2,
-        },
-        "seconds": 12.3,
-        "peak_gb": 4.56,
-        "curve": [
-            {"bits": 2.0, "measured_bits": 2.004, "perplexity": 30.0, "tokens": 9},
-            {"bits": None, "measured_bits": 16.0, "perplexity": 20.0, "tokens": 9},
-        ],
-    }
+def readme(tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "demo.json").write_text(json.dumps(RESULT))
+    path = tmp_path / "README.md"
+    path.write_text("before\n<!-- results/demo.json -->\nold\nlines\n<!-- end -->\nafter\n")
+    return path
 
 
-def test_a_table_is_made_from_its_results(result):
-    text = "before\n<!-- results/demo.json -->\nold\nlines\n<!-- end -->\nafter\n"
-    filled = fill(text, {"results/demo.json": result})
-    assert filled.startswith("before\n<!-- results/demo.json -->\n| average bits |")
-    assert filled.endswith("<!-- end -->\nafter\n") and "old" not in filled
-    assert "| 2 | 2.00 | 30.00 | +50.0 % |" in filled and "| unquantized | - | 20.00 | |" in filled
-    assert "`python x.py --a` at 0123456: 12 s, 4.6 GB of host memory; cpu, 2 cores; Python 3.11.7" in filled
-    assert fill(filled, {"results/demo.json": result}) == filled
+def test_tables_are_made_from_their_results(call_script, readme):
+    stale = call_script("readme_tables", f"--readme={readme}", "--check")
+    assert stale.returncode == 2 and "differs from its results" in stale.stderr and "old" in readme.read_text()
+    for _ in range(2):  # the second time nothing changes
+        assert call_script("readme_tables", f"--readme={readme}").stderr == ""
+        assert readme.read_text() == FILLED
+    assert call_script("readme_tables", f"--readme={readme}", "--check").stderr == ""
+
+
+def test_missing_results_are_named(call_script, readme):
+    (readme.parent / "results" / "demo.json").unlink()
+    found = call_script("readme_tables", f"--readme={readme}")
+    assert found.stderr == f"error: no file '{readme.parent}/results/demo.json'\n" and "old" in readme.read_text()
 
 
 def test_readme_agrees_with_the_results(call_script):

@@ -267,21 +267,12 @@ def test_large_models_have_the_shapes_and_the_bytes(overrides):
     assert "kernel" not in variables["params"]["layers"]["mlp"]["up_proj"]
 
 
-def test_bad_settings_are_named():
+def test_bad_settings_are_named(small_config):
     with pytest.raises(ValueError, match="router hidden size 0"):
         ElasticConfig(router_hidden_size=0)
     with pytest.raises(ValueError, match="budget grid"):
         ElasticConfig(budget_grid=(3.0, 8.0))
     with pytest.raises(ValueError, match="slice bits"):
         ElasticConfig(slice_bits=(2, 2, 2))
-    config = LlamaConfig(
-        vocab_size=8,
-        hidden_size=64,
-        intermediate_size=100,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-    )
     with pytest.raises(ValueError, match="^mlp/down_proj: group size 64 does not divide the 100 input features$"):
-        ElasticConfig(group_size=64).check_model(config)
+        ElasticConfig(group_size=64).check_model(small_config(intermediate_size=100))

@@ -23,15 +23,10 @@ from mobiquant_jax.models import (
     swiglu,
 )
 
-CONFIG = LlamaConfig(
-    vocab_size=53,
-    hidden_size=24,
-    intermediate_size=40,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-)
+
+@pytest.fixture
+def config(small_config):
+    return small_config(vocab_size=53, hidden_size=24, intermediate_size=40, num_hidden_layers=3, head_dim=8)
 
 
 @pytest.fixture
@@ -71,17 +66,17 @@ def test_inverse_frequencies():
     np.testing.assert_allclose(scaled[~fast & ~slow], blend[~fast & ~slow], rtol=1e-5)
 
 
-def test_rope_is_a_complex_rotation_of_the_half_pairs(rng):
+def test_rope_is_a_complex_rotation_of_the_half_pairs(rng, config):
     x, positions = normal(rng, 2, 5, 3, 8), rng.integers(0, 500, (2, 5))
-    frequencies = inverse_frequencies(CONFIG)
+    frequencies = inverse_frequencies(config)
     turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * positions[..., None, None] * frequencies.astype(np.float64))
     want = np.concatenate([turned.real, turned.imag], axis=-1)
     np.testing.assert_allclose(apply_rope(jnp.asarray(x), jnp.asarray(positions), frequencies), want, atol=3e-4)
 
 
-def test_rope_scores_depend_on_distance_only(rng):
+def test_rope_scores_depend_on_distance_only(rng, config):
     q, k = normal(rng, 1, 1, 1, 8), normal(rng, 1, 1, 1, 8)
-    frequencies = inverse_frequencies(CONFIG)
+    frequencies = inverse_frequencies(config)
 
     def score(i, j):
         rotated = [apply_rope(jnp.asarray(x), jnp.array([[p]]), frequencies) for x, p in ((q, i), (k, j))]
@@ -144,8 +139,8 @@ class Probe(nn.Module):
         return gain.value * dense + 0 * shift.value.sum() + control["offset"]
 
 
-def test_injected_linears_see_control_and_own_their_collections(rng):
-    model = Llama(CONFIG, linear=Probe)
+def test_injected_linears_see_control_and_own_their_collections(rng, config):
+    model = Llama(config, linear=Probe)
     tokens = jnp.asarray(rng.integers(0, 53, (2, 6)))
     control = {"offset": jnp.asarray(0.0)}
     keys = {"params": jax.random.key(0), "routing": jax.random.key(1)}
@@ -172,45 +167,45 @@ def test_injected_linears_see_control_and_own_their_collections(rng):
             for name, part in frozen["params"]["layers"].items()
         }
     }
-    want = Llama(CONFIG).apply({"params": dense}, tokens)
+    want = Llama(config).apply({"params": dense}, tokens)
     np.testing.assert_allclose(logits, want, rtol=1e-5, atol=1e-5)
     moved = model.apply(frozen, tokens, {"offset": jnp.asarray(0.5)})
     assert float(jnp.abs(moved - logits).max()) > 1e-2
 
 
-def test_scanned_blocks_equal_a_loop_over_single_blocks(rng):
-    model = Llama(CONFIG)
+def test_scanned_blocks_equal_a_loop_over_single_blocks(rng, config):
+    model = Llama(config)
     tokens = jnp.asarray(rng.integers(0, 53, (2, 7)))
     variables = jax.jit(model.init)(jax.random.key(3), tokens)
     x = model.apply(variables, tokens, method=model.embed)
     positions = jnp.broadcast_to(jnp.arange(7), (2, 7))
     for layer in range(3):
         params = jax.tree.map(lambda leaf, layer=layer: leaf[layer], variables["params"]["layers"])
-        x, cache = Block(CONFIG).apply({"params": params}, x, positions, None, None)
+        x, cache = Block(config).apply({"params": params}, x, positions, None, None)
         assert cache is None
     logits = model.apply(variables, x, method=model.unembed)
     np.testing.assert_allclose(logits, model.apply(variables, tokens), rtol=1e-5, atol=1e-5)
 
 
-def test_remat_changes_no_gradient(rng):
+def test_remat_changes_no_gradient(rng, config):
     tokens = jnp.asarray(rng.integers(0, 53, (2, 7)))
-    variables = jax.jit(Llama(CONFIG).init)(jax.random.key(4), tokens)
+    variables = jax.jit(Llama(config).init)(jax.random.key(4), tokens)
 
     def loss(model):
         return jax.grad(lambda variables: jnp.square(model.apply(variables, tokens)).mean())
 
-    plain, rematted = jax.jit(loss(Llama(CONFIG))), jax.jit(loss(Llama(CONFIG, remat=True)))
+    plain, rematted = jax.jit(loss(Llama(config))), jax.jit(loss(Llama(config, remat=True)))
     assert "remat" in str(jax.make_jaxpr(rematted)(variables)) and "remat" not in str(jax.make_jaxpr(plain)(variables))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), plain(variables), rematted(variables)
     )
 
 
-def test_bfloat16_activations_give_float32_logits(rng):
+def test_bfloat16_activations_give_float32_logits(rng, config):
     tokens = jnp.asarray(rng.integers(0, 53, (2, 7)))
-    variables = jax.jit(Llama(CONFIG).init)(jax.random.key(5), tokens)
-    want = np.asarray(Llama(CONFIG).apply(variables, tokens))
-    model = Llama(CONFIG, dtype=jnp.bfloat16)
+    variables = jax.jit(Llama(config).init)(jax.random.key(5), tokens)
+    want = np.asarray(Llama(config).apply(variables, tokens))
+    model = Llama(config, dtype=jnp.bfloat16)
     assert model.apply(variables, tokens, method=model.embed).dtype == jnp.bfloat16
     got = model.apply(variables, tokens)
     assert got.dtype == jnp.float32

@@ -44,7 +44,13 @@ def test_more_tokens_than_a_tile(stacked_weights, exact_product, monkeypatch):
 def test_what_it_cannot_do_says_why(inputs, outputs, group_size, stacked_weights):
     (weight,) = stacked_weights(np.random.default_rng(0), 1, inputs, (outputs,), group_size)
     with pytest.raises(NotImplementedError, match="the TPU kernel needs"):
-        tpu.sliced_matmul(jnp.ones((1, inputs)), weight, jnp.ones(1, jnp.int32), 0)
+        tpu.sliced_matmul(jnp.ones((1, inputs), jnp.bfloat16), weight, jnp.ones(1, jnp.int32), 0)
+
+
+def test_float32_is_not_rounded_behind_the_callers_back(stacked_weights):
+    (weight,) = stacked_weights(np.random.default_rng(0), 1, 2048, (128,))
+    with pytest.raises(NotImplementedError, match="multiplies bfloat16, not float32"):
+        tpu.sliced_matmul(jnp.ones((1, 2048)), weight, jnp.ones(1, jnp.int32), 0)
 
 
 COMPILE = """

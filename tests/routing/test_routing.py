@@ -114,7 +114,10 @@ def test_batch_budget_trains_the_scores():
         return -jnp.sum(masks[..., 0] * worth)
 
     start = float(routing.threshold_for_bits(jnp.asarray(scores[..., None], jnp.float32), 6.0, (4, 4)))
-    gates = lambda s, tau: 1 / (1 + np.exp(tau - s))  # noqa: E731
+
+    def gates(s, tau):
+        return 1 / (1 + np.exp(tau - s))
+
     opened = gates(scores, start).sum()
 
     def soft_loss(s):
@@ -149,6 +152,18 @@ def test_untrained_router_mixes_adjacent_depths():
     tau = routing.threshold_for_bits(scores, 3.0, (2, 2, 2, 2))
     depth = np.asarray(routing.mask_depth(routing.prefix_masks((scores > tau).astype(jnp.float32))))
     assert set(np.unique(depth)) == {1, 2}
+
+
+@pytest.mark.parametrize("slice_bits", [(2, 2, 2, 2), (2, 1, 1, 2, 2)])
+@pytest.mark.parametrize("bits", [2.0, 2.5, 3.0, 4.0, 5.0, 8.0])
+def test_untrained_threshold_nearly_meets_the_budget(bits, slice_bits):
+    """Many routers together, as one threshold for all linears sees them."""
+    keys = jax.random.split(jax.random.key(4), 50)
+    x = jax.random.normal(jax.random.key(5), (40, 64))
+    scores = jnp.stack([routing.score(routing.Router.create(key, 64, 32, len(slice_bits)), x) for key in keys])
+    threshold = routing.untrained_threshold(jnp.float32(bits), slice_bits)
+    masks = routing.prefix_masks((scores > threshold).astype(jnp.float32))
+    assert float(routing.mask_bits(masks, slice_bits).mean()) == pytest.approx(bits, abs=0.3)
 
 
 def test_bad_grid():

@@ -1,24 +1,15 @@
 """Generation against teacher forcing with full passes, on a small random model."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mobiquant_jax.models import Llama, LlamaConfig
+from mobiquant_jax.models import Llama
 from mobiquant_jax.serving import SamplingConfig, generate, stream
 
-CONFIG = LlamaConfig(
-    vocab_size=47,
-    hidden_size=32,
-    intermediate_size=40,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=64,
-    eos_token_ids=(),
-)
 LENGTHS = np.array([3, 9, 6])
 NEW = 12
 
@@ -26,8 +17,8 @@ NEW = 12
 class Model:
     """A random model whose `bits` shifts the logits; a token with id i counts as read with `bits + i`."""
 
-    def __init__(self, seed):
-        self.module = Llama(CONFIG)
+    def __init__(self, seed, config):
+        self.config, self.module = config, Llama(config)
         self.traces = 0
         variables = jax.jit(self.module.init)(jax.random.key(seed), jnp.zeros((1, 4), jnp.int32))
         # A loud embedding, so that the continuation depends on what was read.
@@ -40,16 +31,18 @@ class Model:
         self.traces += 1
         logits, cache = self.module.apply(variables, tokens, cache, method=self.module.decode)
         token_bits = jnp.reshape(bits, (-1, 1)) + tokens
-        direction = jnp.sin(3.0 * jnp.arange(CONFIG.vocab_size))
+        direction = jnp.sin(3.0 * jnp.arange(self.config.vocab_size))
         return logits + jnp.reshape(bits, (-1, 1, 1)) * direction, token_bits, cache
 
     def generate(self, prompts, lengths, max_new_tokens=NEW, **options):
         options = {"bits": 0.0} | options
-        return generate(self.decode, self.variables, CONFIG, prompts, lengths, max_new_tokens=max_new_tokens, **options)
+        return generate(
+            self.decode, self.variables, self.config, prompts, lengths, max_new_tokens=max_new_tokens, **options
+        )
 
     def greedy(self, prompt, steps=NEW, bits=0.0):
         """The continuation by one full pass per token."""
-        direction = np.sin(3.0 * np.arange(CONFIG.vocab_size))
+        direction = np.sin(3.0 * np.arange(self.config.vocab_size))
         tokens = np.zeros(32, np.int32)
         tokens[: len(prompt)] = prompt
         for end in range(len(prompt), len(prompt) + steps):
@@ -58,8 +51,9 @@ class Model:
 
 
 @pytest.fixture(scope="module")
-def model():
-    return Model(int(np.random.default_rng().integers(2**31)))
+def model(small_config):
+    sizes = dict(vocab_size=47, hidden_size=32, intermediate_size=40, head_dim=8, max_position_embeddings=64)
+    return Model(int(np.random.default_rng().integers(2**31)), small_config(**sizes, eos_token_ids=()))
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +104,7 @@ def test_the_loop_stops_when_every_row_has_ended(model, prompts, continuations):
 
     ends = [row[1] for row in continuations]
     result = generate(
-        counted, model.variables, CONFIG, prompts, LENGTHS, max_new_tokens=NEW, bits=0.0, eos_token_ids=ends
+        counted, model.variables, model.config, prompts, LENGTHS, max_new_tokens=NEW, bits=0.0, eos_token_ids=ends
     )
     jax.effects_barrier()
     assert max(result.lengths.tolist()) <= 2
@@ -118,7 +112,7 @@ def test_the_loop_stops_when_every_row_has_ended(model, prompts, continuations):
 
 
 def test_the_end_tokens_of_the_model_are_the_default(model, prompts, continuations):
-    config = LlamaConfig(**vars(CONFIG) | {"eos_token_ids": (continuations[0][0],)})
+    config = dataclasses.replace(model.config, eos_token_ids=(continuations[0][0],))
     result = generate(model.decode, model.variables, config, prompts, LENGTHS, max_new_tokens=NEW, bits=0.0)
     assert result.lengths[0] == 1
 
@@ -175,7 +169,7 @@ def test_streamed_chunks_join_to_the_generation(model, prompts, continuations, c
         stream(
             model.decode,
             model.variables,
-            CONFIG,
+            model.config,
             prompts,
             LENGTHS,
             max_new_tokens=NEW,
@@ -194,7 +188,7 @@ def test_streamed_chunks_join_to_the_generation(model, prompts, continuations, c
 def test_streaming_compiles_once_for_all_chunks_and_bits(model, prompts):
     def run(bits):
         options = dict(max_new_tokens=NEW, chunk_tokens=5, bits=bits)
-        return list(stream(model.decode, model.variables, CONFIG, prompts, LENGTHS, **options))
+        return list(stream(model.decode, model.variables, model.config, prompts, LENGTHS, **options))
 
     assert len(run(2.0)) == 3
     traces = model.traces
@@ -220,11 +214,11 @@ def test_streaming_compiles_once_for_all_chunks_and_bits(model, prompts):
 def test_bad_requests(model, prompts, change, message):
     request = dict(prompts=prompts, lengths=LENGTHS, max_new_tokens=NEW, bits=0.0) | change
     with pytest.raises(ValueError, match=message):
-        generate(model.decode, model.variables, CONFIG, **request)
+        generate(model.decode, model.variables, model.config, **request)
     with pytest.raises(ValueError, match=message):
-        stream(model.decode, model.variables, CONFIG, **request)
+        stream(model.decode, model.variables, model.config, **request)
 
 
 def test_chunks_need_a_token(model, prompts):
     with pytest.raises(ValueError, match="chunk_tokens must be at least 1, got 0"):
-        stream(model.decode, model.variables, CONFIG, prompts, LENGTHS, max_new_tokens=2, chunk_tokens=0)
+        stream(model.decode, model.variables, model.config, prompts, LENGTHS, max_new_tokens=2, chunk_tokens=0)

@@ -104,8 +104,7 @@ def check_tileable(weights: Sequence[SlicedWeight]) -> int:
         group_size = weight.in_features // weight.scale.shape[-2]
         if weight.slice_bits != TILED_SLICE_BITS:
             raise ValueError(f"slice bits {weight.slice_bits} have no serving layout, only {TILED_SLICE_BITS}")
-        if group_size not in (32, 64) and group_size % BLOCK_INPUTS:
-            raise ValueError(f"group size {group_size} has no serving layout: 32, 64 or a multiple of {BLOCK_INPUTS}")
+        check_tileable_group(group_size)
         if weight.scale.ndim != 3:
             raise ValueError(f"scales {weight.scale.shape} must be [layers, groups, out]")
         if weight.scale.shape[:2] != first.scale.shape[:2] or weight.in_features != first.in_features:
@@ -114,6 +113,12 @@ def check_tileable(weights: Sequence[SlicedWeight]) -> int:
                 f"{weight.scale.shape}, cannot be fused"
             )
     return first.in_features // first.scale.shape[-2]
+
+
+def check_tileable_group(group_size: int) -> None:
+    """Raises ValueError unless groups of this size have a serving layout."""
+    if group_size not in (32, 64) and group_size % BLOCK_INPUTS:
+        raise ValueError(f"group size {group_size} has no serving layout: 32, 64 or a multiple of {BLOCK_INPUTS}")
 
 
 def _tile_layer(weight: SlicedWeight) -> tuple[tuple[Array, ...], Array]:

@@ -40,15 +40,17 @@ def sliced_matmul(
     """``y[n] = x[n] @ W_{depth[n]}``, accumulated in float32; see ``reference``.
 
     Args:
-        x: activations, multiplied in bfloat16.
+        x: activations in bfloat16.
         weight: one kernel, or those of all layers stacked, which are not copied.
         depth: slices each token reads, 1..4.
         layer: which layer of a stack.
         interpret: run on any backend, slowly.
 
     Raises:
-        NotImplementedError: shapes or slices that the kernel has no blocks for.
+        NotImplementedError: another type of activations, or shapes or slices that the kernel has no blocks for.
     """
+    if x.dtype != jnp.bfloat16:
+        raise NotImplementedError(f"the TPU kernel multiplies bfloat16, not {x.dtype}")
     if weight.scale.ndim == 2:
         weight = jax.tree.map(lambda leaf: leaf[None], weight)
     check_supported(weight)
@@ -57,7 +59,7 @@ def sliced_matmul(
     tiles = -(-tokens // tile)
     order = jnp.argsort(depth, descending=True)
     padding = (0, tiles * tile - tokens)
-    rows = jnp.pad(x[order].astype(jnp.bfloat16), (padding, (0, 0)))
+    rows = jnp.pad(x[order], (padding, (0, 0)))
     depths = jnp.pad(depth[order].astype(jnp.int32), padding, constant_values=1)
     deepest = jnp.max(depths.reshape(tiles, tile), axis=1)
     strided = rows.reshape(tiles * tile, inputs // CODES, CODES).transpose(2, 0, 1)  # [16, N, words]

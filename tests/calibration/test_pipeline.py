@@ -1,0 +1,172 @@
+"""Calibration of a whole model: the two streams, what is written when, and how a run continues.
+
+Training itself is tested in test_block.py and, in processes that are killed, in tests/experiments/test_calibrate.py;
+here a block's parameters are a function of what it was given, so that any mistake in the streams shows.
+"""
+
+import json
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mobiquant_jax.calibration import BlockReport, BlockTrainer, Calibrator, RunDir
+from mobiquant_jax.calibration.linears import trainable
+from mobiquant_jax.io.checkpoint import abstract_variables
+from mobiquant_jax.models import Block
+from mobiquant_jax.models.elastic import ElasticLinear
+from mobiquant_jax.routing import BatchBudget
+
+
+class Recorder:
+    """Notes what it is told; raises after a block if asked to."""
+
+    def __init__(self, stop_after=None):
+        self.stop_after, self.events = stop_after, []
+
+    def on_start(self, blocks, resumed):
+        self.events.append(("start", blocks, resumed))
+
+    def on_epoch(self, block, stage, epoch, epochs, error):
+        self.events.append(("epoch", block, stage))
+
+    def on_block(self, block, report, seconds):
+        self.events.append(("block", block, report.after))
+        if block == self.stop_after:
+            raise KeyboardInterrupt
+
+    def on_generated(self, done, total):
+        self.events.append(("generated", done, total))
+
+    def on_tuned(self, *args):
+        self.events.append(("tuned", *args))
+
+    def on_budget(self, bits):
+        self.events.append(("budget", bits))
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """What each call of ``BlockTrainer.train`` was given, by block."""
+    calls = {}
+
+    def train(self, dense, quantized, target, index, on_epoch):
+        calls[index] = jax.tree.map(np.array, (dense, quantized, target))
+        on_epoch("joint", 1, 1, 0.5)
+        params = trainable(dense, self.config, self.elastic, jax.random.key(index))
+        shift = 1 + 0.01 * jnp.tanh(jnp.mean(quantized) + jnp.mean(target))
+        params = jax.tree.map(lambda leaf: leaf * shift, params)
+        return params, BlockReport(before=1.0, after=0.5 + index, bits=5.0, note="as told")
+
+    monkeypatch.setattr(BlockTrainer, "train", train)
+    return calls
+
+
+@pytest.fixture(scope="module")
+def windows():
+    return np.random.default_rng(60).integers(0, 61, (4, 16)).astype(np.int32)
+
+
+@pytest.fixture
+def calibrator(config, elastic, recipe, tmp_path):
+    def make(name, observer, **changes):
+        run = RunDir(path=tmp_path / name)
+        run.path.mkdir(exist_ok=True)
+        return Calibrator(config=config, elastic=elastic, calibration=recipe(**changes), run=run, observer=observer)
+
+    return make
+
+
+def test_the_streams_of_two_blocks_and_a_run_that_continues(
+    calibrator, trained, params, windows, config, elastic, recipe
+):
+    observer = Recorder()
+    whole = calibrator("whole", observer)
+    variables = whole.calibrate(params, windows)
+    assert observer.events == [
+        ("start", 2, 0),
+        ("epoch", 0, "joint"),
+        ("block", 0, 0.5),
+        ("epoch", 1, "joint"),
+        ("block", 1, 1.5),
+        *(("budget", bits) for bits in elastic.budget_grid),
+    ]
+    rows = [json.loads(line) for line in (whole.run.path / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["block"], row["before"], row["after"], row["bits"], row["note"]) for row in rows] == [
+        (0, 1.0, 0.5, 5.0, "as told"),
+        (1, 1.0, 1.5, 5.0, "as told"),
+    ]
+
+    # The full-precision stream is the dense model's, whatever the quantized blocks do.
+    positions = jnp.broadcast_to(jnp.arange(16), (4, 16))
+    dense_block = jax.jit(lambda p, x: Block(config).apply({"params": p}, x, positions)[0])
+    stream = np.asarray(params["embedder"]["embedding"])[windows]
+    # Samples are ordered by budget: windows 0 and 2 at 5 bits, 1 and 3 at 6.
+    quantized, budgets = stream[[0, 2, 1, 3]], [5.0, 5.0, 6.0, 6.0]
+    elastic_block = Block(config, linear=partial(ElasticLinear, elastic=elastic))
+    run_packed = jax.jit(lambda v, x, bits: elastic_block.apply(v, x, positions[:1], None, BatchBudget(bits=bits))[0])
+    for index in range(2):
+        dense, given, target = trained[index]
+        want = jax.tree.map(lambda leaf, index=index: leaf[index], params["layers"])
+        assert all(jax.tree.leaves(jax.tree.map(np.array_equal, dense, want)))
+        stream = dense_block(want, stream)
+        np.testing.assert_allclose(target, stream, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(given, quantized, rtol=1e-4, atol=1e-4)
+        packed = jax.tree.map(
+            lambda leaf, index=index: leaf[index],
+            {
+                name: variables[name]["layers"]  # thresholds are recorded by now; a batch's own budget ignores them
+                for name in ("params", "slices", "routing")
+            },
+        )
+        quantized = [run_packed(packed, x[None], bits)[0] for x, bits in zip(given, budgets, strict=True)]
+
+    # What comes out is a checkpoint's tree: the trained blocks, and around them the model's own parts.
+    wanted = abstract_variables(config, elastic)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), variables) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), wanted
+    )
+    for part in ("embedder", "final_norm", "lm_head"):
+        assert all(jax.tree.leaves(jax.tree.map(np.array_equal, variables["params"][part], params[part])))
+
+    # A run that ends after block 0 keeps it, and the one that continues trains block 1 only, on the same numbers.
+    first = dict(trained)
+    trained.clear()
+    with pytest.raises(KeyboardInterrupt):
+        calibrator("cut", Recorder(stop_after=0)).calibrate(params, windows)
+    assert list(trained) == [0]
+    trained.clear()
+    observer = Recorder()
+    continued = calibrator("cut", observer).calibrate(params, windows)
+    assert observer.events[:2] == [("start", 2, 1), ("epoch", 1, "joint")] and list(trained) == [1]
+    for got, expected in zip(jax.tree.leaves(trained[1]), jax.tree.leaves(first[1]), strict=True):
+        np.testing.assert_array_equal(got, expected)
+    for got, expected in zip(jax.tree.leaves(continued), jax.tree.leaves(variables), strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_windows_and_sizes_that_do_not_fit_are_named_before_anything_is_written(
+    calibrator, trained, params, windows, config
+):
+    for bad in (windows[:3], windows[:, :8]):
+        with pytest.raises(ValueError) as error:
+            calibrator("run", Recorder()).calibrate(params, bad)
+        assert str(error.value) == f"windows {bad.shape} are not the recipe's (4, 16)"
+    with pytest.raises(ValueError, match="start below the first slice's 4 bits"):
+        calibrator("run", Recorder(), budgets=(3.0, 8.0)).calibrate(params, windows)
+    assert not trained and not list(calibrator("run", Recorder()).run.path.iterdir())
+
+
+def test_a_damaged_block_is_named(calibrator, trained, params, windows):
+    with pytest.raises(KeyboardInterrupt):
+        calibrator("run", Recorder(stop_after=0)).calibrate(params, windows)
+    calibrator = calibrator("run", Recorder())
+    files = (file for file in calibrator.run.block(0).rglob("*") if file.is_file())
+    largest = max(files, key=lambda file: file.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-5])
+    trained.clear()
+    with pytest.raises(ValueError, match=f"'{calibrator.run.block(0)}' cannot be read") as error:
+        calibrator.calibrate(params, windows)
+    assert "bytes long, not" in str(error.value) and not trained

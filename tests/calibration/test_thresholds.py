@@ -1,0 +1,106 @@
+"""The recorded thresholds: the bits they give on the calibration text, and numpy's quantiles of the scores."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mobiquant_jax.calibration import record_thresholds
+from mobiquant_jax.models import Llama
+from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel
+from mobiquant_jax.routing import FixedThreshold, TableBudget
+
+# No token twice: two of a kind have one score in the first layer, and a threshold lets in both or neither.
+WINDOWS = np.random.default_rng(50).permutation(97)[:96].reshape(2, 48).astype(np.int32)
+TOKENS = WINDOWS.size
+INNER = (1, 2)  # entries of the grid between its ends
+
+
+@pytest.fixture(scope="module", params=[(2, 2, 2, 2), (1, 1, 2, 4)], ids=str)
+def model(request, random_elastic):
+    grid = (float(request.param[0]), 3.0, 5.5, 8.0)
+    elastic = ElasticConfig(group_size=16, slice_bits=request.param, router_hidden_size=4, budget_grid=grid)
+    return random_elastic(51, elastic, hidden_size=32, intermediate_size=48, num_attention_heads=2, head_dim=16)
+
+
+@pytest.fixture(scope="module")
+def sown(model):
+    """``(variables, policy) -> {linear: (scores [L, tokens, E-1], bits [L, tokens])}`` on the calibration windows."""
+
+    @jax.jit
+    def apply(variables, policy):
+        return model.module.apply(variables, WINDOWS, policy, mutable=["scores", "stats"])[1]
+
+    def call(variables, policy):
+        state = apply(variables, policy)
+        found = {}
+        for path in model.config.linear_shapes():
+            part, name = path.split("/")
+            scores = np.asarray(state["scores"]["layers"][part][name]["scores"][0], np.float64)
+            bits = np.asarray(state["stats"]["layers"][part][name]["bits"][0], np.float64)
+            found[path] = scores.reshape(len(scores), TOKENS, -1), bits.reshape(len(bits), TOKENS)
+        return found
+
+    return call
+
+
+def tables(variables):
+    """The recorded table ``[L, grid]`` of every linear."""
+    layers = variables["routing"]["layers"]
+    return {f"{part}/{name}": np.asarray(layers[part][name]["thresholds"]) for part in layers for name in layers[part]}
+
+
+def bits_at(scores, threshold, slice_bits):
+    """Average bits of scores ``[..., E-1]`` at a threshold: slice e is read where the least score up to it is above."""
+    return slice_bits[0] + np.mean((np.minimum.accumulate(scores, axis=-1) > threshold) @ np.array(slice_bits[1:]))
+
+
+def test_every_linear_meets_every_budget(model, sown):
+    seen = []
+    variables = record_thresholds(model, WINDOWS, "linear", seen.append)
+    slice_bits, grid = model.elastic.slice_bits, model.elastic.budget_grid
+    assert tuple(seen) == grid
+    assert variables["slices"] is model.variables["slices"]
+    recorded = tables(variables)
+    for entry in INNER:
+        budget = grid[entry]
+        request = TableBudget(bits=jnp.full(len(WINDOWS), budget))
+        for path, (scores, bits) in sown(variables, request).items():
+            for layer in range(model.config.num_hidden_layers):
+                # Whole slices, and those of one token may tie: a little less than 8 bits of one token are left over.
+                assert budget - 8 / TOKENS <= bits[layer].mean() <= budget + 1e-3, (path, layer)
+                threshold = recorded[path][layer, entry]
+                assert bits_at(scores[layer], threshold, slice_bits) == pytest.approx(bits[layer].mean())
+                ranked = np.sort(np.minimum.accumulate(scores[layer], axis=-1).ravel())
+                below = ranked[ranked <= threshold].max()  # the next score to be let in would break the budget
+                assert bits_at(scores[layer], np.nextafter(below, -np.inf), slice_bits) > budget + 1e-4
+                if len(set(slice_bits)) == 1:
+                    level, step = (8 - budget) / (8 - slice_bits[0]), 1.5 / ranked.size
+                    lower, upper = np.quantile(ranked, [max(level - step, 0), min(level + step, 1)])
+                    assert lower <= threshold <= upper
+    for path, table in recorded.items():
+        assert np.all(np.isfinite(table)), path  # interpolation reaches both ends
+
+
+@pytest.mark.parametrize("model", [(1, 1, 2, 4)], indirect=True)
+def test_one_threshold_for_all_linears_meets_the_budget_of_the_model(model, sown):
+    variables = record_thresholds(model, WINDOWS, "global")
+    grid, shapes = model.elastic.budget_grid, model.config.linear_shapes()
+    recorded = tables(variables)
+    for entry in INNER:
+        (threshold,) = {float(value) for table in recorded.values() for value in table[:, entry]}
+        found = sown(variables, TableBudget(bits=jnp.full(len(WINDOWS), grid[entry])))
+        sizes = {path: np.prod(shapes[path]) for path in shapes}
+        used = {path: bits.mean() for path, (_, bits) in found.items()}
+        average = np.average(list(used.values()), weights=[sizes[path] for path in used])
+        assert average == pytest.approx(grid[entry], abs=0.1)
+        assert max(used.values()) - min(used.values()) > 0.3  # some linears read more than others
+        same = sown(variables, FixedThreshold(threshold=jnp.float32(threshold)))
+        assert all(np.array_equal(same[path][1], found[path][1]) for path in found)
+
+
+def test_an_unquantized_model_has_no_thresholds(model):
+    dense = ElasticModel(config=model.config, variables={"params": {}})
+    assert isinstance(dense.module, Llama)
+    with pytest.raises(ValueError, match="^an unquantized model has no thresholds to record$"):
+        record_thresholds(dense, WINDOWS)

@@ -58,7 +58,7 @@ class AWQConfig:
 
     @property
     def weighting(self) -> TokenWeighting:
-        """How tokens count in every error."""
+        """How tokens count in the statistics of inputs: scales and clipping, not the outputs they are judged by."""
         return TokenWeighting(exponent=self.energy_exponent, first=self.first_token)
 
     @classmethod

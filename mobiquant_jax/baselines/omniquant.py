@@ -59,15 +59,17 @@ def clip(kernels: Kernels, clipping: Trained, bits: int) -> Kernels:
 def parametrization(spec: QuantSpec) -> Parametrization:
     """What OmniQuant trains: the clipping logits of each kernel."""
 
-    def create(kernels: Kernels, _: OmniQuantConfig) -> Trained:
-        return {
-            path: Clipping.create(kernel.shape[0], kernel.shape[1], spec.group_size) for path, kernel in kernels.items()
-        }
+    def create(_: Params, settings: OmniQuantConfig) -> Trained:
+        shapes = spec.config.linear_shapes().items()
+        return {path: Clipping.create(rows, columns, spec.group_size) for path, (rows, columns) in shapes}
+
+    def materialize(block: Params, clipping: Trained) -> Params:
+        return with_kernels(block, clip(get_kernels(block, spec.config), clipping, spec.bits))
 
     def optimizer(settings: OmniQuantConfig, steps: int) -> optax.GradientTransformation:
         return optax.adamw(settings.clipping_lr, weight_decay=0.0)
 
-    return Parametrization(create=create, materialize=partial(clip, bits=spec.bits), optimizer=optimizer)
+    return Parametrization(create=create, materialize=materialize, optimizer=optimizer)
 
 
 def build(spec: QuantSpec) -> Callable[[BlockTask], BlockOutcome]:

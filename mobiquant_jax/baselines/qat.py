@@ -1,6 +1,8 @@
-"""Block-wise QAT: weights, scales and zero points of a block are all trained (EfficientQAT, arXiv 2407.11062, phase 1).
+"""Block-wise QAT: everything in a block is trained, in the grid's range (EfficientQAT, arXiv 2407.11062, phase 1).
 
 W_n = s (clip(round(W / s) + round(z), 0, 2^n - 1) - round(z))      W, s, z trained, roundings straight-through
+
+The gains of the two norms, which stay in full precision, are trained at the rate of the weights.
 """
 
 from collections.abc import Callable
@@ -20,10 +22,12 @@ from mobiquant_jax.baselines.grid import (
     scale_and_zero,
     shrunk_limits,
 )
-from mobiquant_jax.baselines.kernels import Kernels
+from mobiquant_jax.baselines.kernels import Params, get_kernels, with_kernels
 from mobiquant_jax.baselines.settings import check_number, static
 from mobiquant_jax.baselines.spec import BlockOutcome, BlockTask, QuantSpec
 from mobiquant_jax.baselines.training import Parametrization, Trained, build_fit, check_training, epoch_order
+
+NORMS = ("attention_norm", "mlp_norm")
 
 
 @jax.tree_util.register_dataclass
@@ -32,7 +36,7 @@ class QATConfig:
     """Settings of block-wise QAT.
 
     Attributes:
-        weight_lr: peak learning rate of the weights, AdamW without decay, cosine to a twentieth.
+        weight_lr: peak learning rate of weights and norms, AdamW without decay, cosine to a twentieth.
         scale_lr: of the scales and zero points.
         epochs: passes over the windows.
         batch_size: windows a step.
@@ -62,27 +66,30 @@ class QATConfig:
 
 
 def parametrization(spec: QuantSpec) -> Parametrization:
-    """What block-wise QAT trains: weights, scales and zero points of each kernel."""
+    """What block-wise QAT trains: weights, scales and zero points of each kernel, and the norms."""
 
-    def create(kernels: Kernels, settings: QATConfig) -> Trained:
+    def create(block: Params, settings: QATConfig) -> Trained:
+        kernels = get_kernels(block, spec.config)
         grids = {
             path: scale_and_zero(*shrunk_limits(kernel, spec.group_size, spec.bits, settings.shrink_steps), spec.bits)
             for path, kernel in kernels.items()
         }
         scales, zeros = ({path: grid[part] for path, grid in grids.items()} for part in (0, 1))
-        return {"weight": kernels, "scale": scales, "zero": zeros}
+        return {"weight": kernels, "scale": scales, "zero": zeros, "norm": {name: block[name] for name in NORMS}}
 
-    def materialize(_: Kernels, trained: Trained) -> Kernels:
+    def materialize(block: Params, trained: Trained) -> Params:
         def linear(weight: jax.Array, scale: jax.Array, zero: jax.Array) -> jax.Array:
             return round_to_grid(weight, scale, round_straight_through(zero), spec.bits)
 
-        return jax.tree.map(linear, trained["weight"], trained["scale"], trained["zero"])
+        kernels = jax.tree.map(linear, trained["weight"], trained["scale"], trained["zero"])
+        return with_kernels(block, kernels) | trained["norm"]
 
     def optimizer(settings: QATConfig, steps: int) -> optax.GradientTransformation:
         def adamw(rate: float) -> optax.GradientTransformation:
             return optax.adamw(optax.cosine_decay_schedule(rate, steps, alpha=0.05), weight_decay=0.0)
 
-        rates = {"weight": settings.weight_lr, "scale": settings.scale_lr, "zero": settings.scale_lr}
+        rates = {"scale": settings.scale_lr, "zero": settings.scale_lr}
+        rates |= {"weight": settings.weight_lr, "norm": settings.weight_lr}
         return optax.partition({name: adamw(rate) for name, rate in rates.items()}, {name: name for name in rates})
 
     def project(trained: Trained) -> Trained:

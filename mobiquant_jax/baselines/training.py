@@ -1,6 +1,6 @@
 """Fitting a block's output by gradient descent through its fake-quantized kernels: one scan, no host in the loop.
 
-A method is a `Parametrization`, which says what is trained, how kernels follow from it, and by which optimizer.
+A method is a `Parametrization`, which says what is trained, how a block follows from it, and by which optimizer.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from mobiquant_jax.baselines.kernels import Kernels, Params, get_kernels, with_kernels
+from mobiquant_jax.baselines.kernels import Params
 from mobiquant_jax.baselines.settings import check_number
 from mobiquant_jax.baselines.spec import BlockTask, QuantSpec, block_forward, positions
 from mobiquant_jax.calibration.config import LOSSES
@@ -44,18 +44,18 @@ class TrainingSettings(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Parametrization:
-    """How a block's kernels follow from what is trained.
+    """How a block follows from what is trained.
 
     Attributes:
-        create: the starting values, from a block's dense kernels and the settings.
-        materialize: ``(dense kernels, trained) -> fake-quantized kernels``, differentiable in the second.
+        create: the starting values, from a dense block's parameters and the settings.
+        materialize: ``(dense block, trained) -> fake-quantized block``, differentiable in the second.
         optimizer: from the settings and the number of steps.
         project: brings trained values back into their range after each step.
         keep_best: keep the values of the step with the lowest loss on its own batch instead of the last ones.
     """
 
-    create: Callable[[Kernels, Any], Trained]
-    materialize: Callable[[Kernels, Trained], Kernels]
+    create: Callable[[Params, Any], Trained]
+    materialize: Callable[[Params, Trained], Params]
     optimizer: Callable[[Any, int], optax.GradientTransformation]
     project: Callable[[Trained], Trained] = lambda trained: trained
     keep_best: bool = False
@@ -105,8 +105,7 @@ def build_fit(spec: QuantSpec, parametrization: Parametrization) -> Fit:
         targets: tuple[Float[Array, "B T D"], ...],
         settings: TrainingSettings,
     ) -> Float[Array, ""]:
-        fake = with_kernels(dense, parametrization.materialize(get_kernels(dense, spec.config), trained))
-        y, _ = module.apply({"params": fake}, x, positions(x))
+        y, _ = module.apply({"params": parametrization.materialize(dense, trained)}, x, positions(x))
         errors = [objective(sample_error(y, target, settings.loss), settings.loss) for target in targets]
         return errors[0] + sum(settings.propagated_weight * error for error in errors[1:])
 
@@ -118,7 +117,6 @@ def build_fit(spec: QuantSpec, parametrization: Parametrization) -> Fit:
         own: Float[Array, "N T D"] | None,
         order: Int[Array, "steps batch"],
     ) -> tuple[Params, Trained]:
-        kernels = get_kernels(dense, spec.config)
         optimizer = parametrization.optimizer(settings, len(order))
         streams = (target,) if own is None else (target, own)
 
@@ -133,11 +131,11 @@ def build_fit(spec: QuantSpec, parametrization: Parametrization) -> Fit:
             trained, state, _ = guarded_update(optimizer, value, grads, trained, state)
             return (parametrization.project(trained), state, best, lowest), None
 
-        start = parametrization.create(kernels, settings)
+        start = parametrization.create(dense, settings)
         carry = (start, optimizer.init(start), start if parametrization.keep_best else {}, jnp.inf)
         (last, _, best, _), _ = jax.lax.scan(step, carry, order)
         trained = best if parametrization.keep_best else last
-        return with_kernels(dense, parametrization.materialize(kernels, trained)), trained
+        return parametrization.materialize(dense, trained), trained
 
     runs = jax.jit(jax.vmap(fit, in_axes=(0, None, 0, None, 0, 0)))
     forward = jax.jit(jax.vmap(partial(block_forward, spec.config), in_axes=(None, 0)))

@@ -1,13 +1,26 @@
-"""A small random model and the real stories260K, with windows, for all baselines."""
+"""A small random model, windows, and the methods compiled once for all tests: compilation is most of their time."""
+
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mobiquant_jax.baselines import METHODS, QuantSpec, autoround, omniquant, qat
+from mobiquant_jax.baselines.training import build_fit
 from mobiquant_jax.models import Llama, LlamaConfig
 
 GROUP_SIZE = 16
+TRAINED = {"omniquant": omniquant, "qat": qat, "autoround": autoround}
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """Programs that run for milliseconds are not worth optimizing."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +52,27 @@ def windows(config) -> np.ndarray:
     return np.random.default_rng(9).integers(0, config.vocab_size, (6, 20)).astype(np.int32)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def block(params):
     return jax.tree.map(lambda leaf: jnp.asarray(leaf[1]), params["layers"])
+
+
+@pytest.fixture(scope="session")
+def spec(config) -> QuantSpec:
+    return QuantSpec(config=config, bits=2, group_size=GROUP_SIZE)
+
+
+@pytest.fixture(scope="session")
+def fits(spec):
+    """The fit of each trained method at two bits."""
+    return {name: build_fit(spec, module.parametrization(spec)) for name, module in TRAINED.items()}
+
+
+@pytest.fixture(scope="session")
+def builders(spec, fits):
+    """The block function of each method at two bits, the trained ones with the fits above."""
+    built = {name: METHODS[name].build(spec) for name in ("gptq", "awq")}
+    for name, module in TRAINED.items():
+        with mock.patch.object(module, "build_fit", lambda *_, fit=fits[name]: fit):
+            built[name] = METHODS[name].build(spec)
+    return built

@@ -1,21 +1,24 @@
 """AWQ: folding is exact, and both searches find the best of their candidates."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mobiquant_jax.baselines import AWQConfig, QuantSpec, Run, quantize_models
+from mobiquant_jax.baselines import AWQConfig, QuantSpec, Run, quantize_blocks, quantize_models
 from mobiquant_jax.baselines.awq import clipped_limits
 from mobiquant_jax.baselines.awq_search import ChannelScales, channel_scale, fold, search_scales
 from mobiquant_jax.baselines.capture import INPUT_GROUPS, TokenWeighting, capture
 from mobiquant_jax.baselines.grid import fake_quantize
-from mobiquant_jax.baselines.kernels import get_kernels
+from mobiquant_jax.baselines.kernels import get_kernels, map_kernels
 from mobiquant_jax.baselines.rtn import round_to_nearest
-from mobiquant_jax.baselines.spec import block_forward
+from mobiquant_jax.baselines.spec import BlockOutcome, BlockTask, block_forward
 from mobiquant_jax.models import Llama
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 GROUP = 16
 
@@ -59,11 +62,11 @@ def test_the_scale_is_centred_and_flat_at_exponent_zero():
     )
 
 
-def test_the_search_takes_the_best_exponent(config, block, stream):
-    spec = QuantSpec(config=config, bits=2, group_size=GROUP)
-    found = capture(config, block, stream, tuple(paths[0] for paths in INPUT_GROUPS), TokenWeighting())
+def test_the_search_takes_the_best_exponent(spec, config, block, stream):
+    paths = tuple(paths[0] for paths in INPUT_GROUPS)
+    found = jax.jit(lambda block, x: capture(config, block, x, paths, TokenWeighting()))(block, stream)
     exponents = np.arange(8) / 8
-    chosen = search_scales(spec, jnp.asarray(exponents), block, stream, found)
+    chosen = jax.jit(partial(search_scales, spec))(jnp.asarray(exponents), block, stream, found)
     kernels = get_kernels(block, config)
 
     def scales(path: str) -> list[np.ndarray]:
@@ -82,13 +85,17 @@ def test_the_search_takes_the_best_exponent(config, block, stream):
 
     def best_of_the_output(part: str, names: tuple[str, ...], field: str, whole: dict) -> np.ndarray:
         """The scale that costs the output of a block, of which ``part`` is the last that has any effect, least."""
-        losses, wanted = [], block_forward(config, whole, stream)
-        candidates = scales(f"{part}/{names[0]}")
-        for scale in candidates:
-            folded = fold(whole, dataclasses.replace(flat, **{field: jnp.asarray(scale, jnp.float32)}), config)
+        wanted = block_forward(config, whole, stream)
+
+        @jax.jit
+        def loss(scale):
+            folded = fold(whole, dataclasses.replace(flat, **{field: scale}), config)
             rounded = {name: {"kernel": round_to_nearest(folded[part][name]["kernel"], GROUP, 2)} for name in names}
             found = block_forward(config, folded | {part: folded[part] | rounded}, stream)
-            losses.append(float(jnp.mean(jnp.square(found - wanted))))
+            return jnp.mean(jnp.square(found - wanted))
+
+        candidates = scales(f"{part}/{names[0]}")
+        losses = [float(loss(jnp.asarray(scale, jnp.float32))) for scale in candidates]
         assert len(set(losses)) == len(losses)
         return candidates[int(np.argmin(losses))]
 
@@ -146,12 +153,18 @@ def test_clipping_takes_the_best_range_of_each_group(config, bits: int):
 
 def test_eight_bits_are_nearly_exact(config, params, windows):
     """Whatever the scales, they are folded: at 8 bits the model is the dense one, and closer than without scales."""
-    settings = AWQConfig(scale_steps=5, search_windows=2)
     spec = QuantSpec(config=config, bits=8, group_size=GROUP)
-    scaled, plain = (
-        quantize_models("awq", spec, params, windows, [Run(settings=each)])[0]
-        for each in (settings, AWQConfig(scale_steps=1, clip_steps=0))
-    )
+    settings = AWQConfig(scale_steps=5, search_windows=2)
+    (scaled,) = quantize_models("awq", spec, params, windows, [Run(settings=settings)])
+
+    @jax.vmap
+    def rounded(block):
+        return map_kernels(lambda kernel: round_to_nearest(kernel, GROUP, 8), block, config)
+
+    def only_rounded(task: BlockTask) -> BlockOutcome:
+        return BlockOutcome(params=rounded(jax.tree.map(lambda leaf: leaf[None], task.dense)))
+
+    (plain,) = quantize_blocks(spec, only_rounded, params, windows, [Run(settings=settings)])
     full = Llama(config).apply({"params": params}, jnp.asarray(windows), method="embed")
     for layer in range(config.num_hidden_layers):
         full = block_forward(config, jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["layers"]), full)

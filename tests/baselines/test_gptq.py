@@ -1,18 +1,22 @@
 """GPTQ's solver against a plain float64 one, and its Gram matrix."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mobiquant_jax.baselines import GPTQConfig, QuantSpec, Run, quantize_models
+from mobiquant_jax.baselines import GPTQConfig, Run, gptq, quantize_blocks
 from mobiquant_jax.baselines.capture import TokenWeighting, capture, moments
-from mobiquant_jax.baselines.gptq import inverse_factor, solve
+from mobiquant_jax.baselines.gptq import inverse_factor
 from mobiquant_jax.baselines.kernels import get_kernels
 from mobiquant_jax.baselines.rtn import round_to_nearest
 from mobiquant_jax.baselines.spec import block_forward
 from mobiquant_jax.models import rms_norm
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 GROUP, ROWS, COLUMNS = 8, 48, 40
+solve = jax.jit(gptq.solve, static_argnums=(2, 3))
 
 
 def problem(seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -115,11 +119,34 @@ def test_moments_weight_tokens(exponent: float, first: float):
     np.testing.assert_allclose(found.magnitude, np.einsum("bt,bti->i", weight**0.5, np.abs(x)) / 21, rtol=1e-4)
 
 
+def test_weighting_by_energy_makes_a_sink_count_as_one_token():
+    """``|x|^-2 x x^T`` does not change with the length of x, so however large the first token is, all stays the same.
+
+    Without weights its share of H grows with its square, and with it the damping that all others feel.
+    """
+    rng = np.random.default_rng(18)
+    windows = rng.normal(size=(8, 32, ROWS)) @ (rng.normal(size=(ROWS, ROWS)) * np.exp(rng.normal(size=(1, ROWS))))
+    weight = rng.normal(size=(ROWS, COLUMNS)).astype(np.float32)
+
+    def of_sink(size: float, exponent: float) -> tuple[np.ndarray, np.ndarray]:
+        sink = jnp.asarray(windows * np.where(np.arange(32) == 0, size, 1.0)[:, None], jnp.float32)
+        gram = moments(sink, TokenWeighting(exponent=exponent)).gram
+        return np.asarray(gram), np.asarray(solve(jnp.asarray(weight), gram, GROUP, 3, GPTQConfig()))
+
+    (gram, kernel), (same_gram, same_kernel) = of_sink(1.0, 1.0), of_sink(1024.0, 1.0)
+    np.testing.assert_allclose(same_gram, gram, rtol=1e-4, atol=1e-4 * np.abs(gram).max())
+    assert np.trace(gram) == pytest.approx(ROWS, rel=1e-5)  # every token brings the same energy
+    assert np.mean(np.abs(kernel - same_kernel).max(axis=0) < 1e-3) > 0.9  # by columns, as above
+    plain_gram, plain_kernel = of_sink(1024.0, 0.0)
+    without = np.einsum("bti,bti->", windows[:, 1:], windows[:, 1:]) / windows[..., 0].size
+    assert np.trace(plain_gram) > 1000 * without  # 31 to 1 in tokens, 1024^2 to 1 in energy
+    assert np.mean(np.abs(of_sink(1.0, 0.0)[1] - plain_kernel).max(axis=0) < 1e-3) < 0.5
+
+
 @pytest.mark.parametrize("field", ["energy_exponent", "first_token"])
-def test_the_weighting_reaches_every_linear(field: str, config, params, windows):
-    spec = QuantSpec(config=config, bits=2, group_size=16)
-    settings = (GPTQConfig(), GPTQConfig(**{field: 4.0}))
-    plain, weighted = quantize_models("gptq", spec, params, windows, [Run(settings=s) for s in settings])
+def test_the_weighting_reaches_every_linear(field: str, spec, builders, config, params, windows):
+    runs = [Run(settings=settings) for settings in (GPTQConfig(), GPTQConfig(**{field: 4.0}))]
+    plain, weighted = quantize_blocks(spec, builders["gptq"], params, windows, runs)
     for path, kernel in get_kernels(plain.params["layers"], config).items():
         other = get_kernels(weighted.params["layers"], config)[path]
         assert np.mean(np.abs(kernel[0] - other[0]) > 1e-4) > 0.002, path

@@ -11,7 +11,7 @@ from mobiquant_jax.baselines.gptq import inverse_factor
 from mobiquant_jax.baselines.kernels import get_kernels
 from mobiquant_jax.baselines.rtn import round_to_nearest
 from mobiquant_jax.baselines.spec import block_forward
-from mobiquant_jax.models import rms_norm
+from mobiquant_jax.models import Llama, rms_norm
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -150,6 +150,30 @@ def test_the_weighting_reaches_every_linear(field: str, spec, builders, config, 
     for path, kernel in get_kernels(plain.params["layers"], config).items():
         other = get_kernels(weighted.params["layers"], config)[path]
         assert np.mean(np.abs(kernel[0] - other[0]) > 1e-4) > 0.002, path
+
+
+def test_each_linear_is_solved_on_what_the_quantized_ones_before_it_make(spec, builders, config, params, windows):
+    runs = [Run(settings=GPTQConfig()), Run(settings=GPTQConfig(damping=0.1))]
+    model, _ = quantize_blocks(spec, builders["gptq"], params, windows, runs)
+    first, second = (jax.tree.map(lambda leaf, i=i: leaf[i], model.params["layers"]) for i in (0, 1))
+    dense = jax.tree.map(lambda leaf: jnp.asarray(leaf[1]), params["layers"])
+    embedded = Llama(config).apply({"params": params}, jnp.asarray(windows), method="embed")
+    stream = block_forward(config, first, embedded)
+
+    @jax.jit
+    def solved(block, stream):
+        gram = capture(config, block, stream, ("attention/o_proj",), TokenWeighting())["attention/o_proj"].gram
+        return gptq.solve(dense["attention"]["o_proj"]["kernel"], gram, spec.group_size, spec.bits, GPTQConfig())
+
+    def same_columns(block, stream) -> float:
+        difference = solved(block, stream) - second["attention"]["o_proj"]["kernel"]
+        return float(np.mean(np.abs(difference).max(axis=0) < 1e-3))
+
+    partly = {"attention": second["attention"] | {"o_proj": dense["attention"]["o_proj"]}}
+    assert same_columns(dense | partly, stream) > 0.9
+    assert same_columns(dense, stream) < 0.5  # with q, k, v as they were
+    full = block_forward(config, jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), params["layers"]), embedded)
+    assert same_columns(dense | partly, full) < 0.5  # with the first block as it was
 
 
 def test_capture_sees_what_enters_each_linear(config, block):

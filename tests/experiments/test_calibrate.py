@@ -71,7 +71,6 @@ def environment(folder):
         "PYTHONPATH": str(ROOT),
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # a run takes seconds, its programs' optimization a minute
     }
 
 

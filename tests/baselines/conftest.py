@@ -15,14 +15,6 @@ GROUP_SIZE = 16
 TRAINED = {"omniquant": omniquant, "qat": qat, "autoround": autoround}
 
 
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """Programs that run for milliseconds are not worth optimizing."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="session")
 def config() -> LlamaConfig:
     return LlamaConfig(

@@ -18,8 +18,6 @@ from mobiquant_jax.baselines.rtn import round_to_nearest
 from mobiquant_jax.baselines.spec import BlockOutcome, BlockTask, block_forward
 from mobiquant_jax.models import Llama
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 GROUP = 16
 
 

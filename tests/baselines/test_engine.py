@@ -29,8 +29,6 @@ from mobiquant_jax.baselines.rtn import round_to_nearest
 from mobiquant_jax.baselines.spec import block_forward, positions
 from mobiquant_jax.models import Block, Llama
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 GROUP = 16
 RUNS = {  # two of each, as in test_training.py: one program a method serves all tests
     "gptq": [Run(settings=GPTQConfig(damping=damping)) for damping in (0.01, 0.1)],

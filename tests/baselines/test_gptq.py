@@ -13,8 +13,6 @@ from mobiquant_jax.baselines.rtn import round_to_nearest
 from mobiquant_jax.baselines.spec import block_forward
 from mobiquant_jax.models import Llama, rms_norm
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 GROUP, ROWS, COLUMNS = 8, 48, 40
 solve = jax.jit(gptq.solve, static_argnums=(2, 3))
 

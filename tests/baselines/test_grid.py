@@ -142,7 +142,7 @@ def test_the_gradient_of_clipping_stops_at_the_rounded_zero_point():
     np.testing.assert_allclose(found.beta, -to_scale * extremes[1] * slope[1] / 7, rtol=2e-4, atol=1e-3)
 
 
-def test_rounding_is_an_integer_when_compiled_into_what_precedes_it():
+def test_rounding_is_an_integer_when_compiled_into_what_precedes_it(optimized):
     """As in ``x * c + (round(x * c) - x * c)``, whose sum a compiler may fuse with the product."""
     rng = np.random.default_rng(7)
     x, c = (jnp.asarray(rng.normal(scale=9, size=20_000), jnp.float32) for _ in range(2))

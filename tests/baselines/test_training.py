@@ -17,8 +17,6 @@ from mobiquant_jax.baselines.spec import BlockTask, block_forward, positions
 from mobiquant_jax.baselines.training import epoch_order
 from mobiquant_jax.models import Block
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 GROUP, TOP = 16, 3  # two bits
 METHODS = {"omniquant": omniquant, "qat": qat, "autoround": autoround}
 # Six steps of two windows, in two runs: one program a method serves all tests. Rates are drawn from what moves codes.

@@ -27,6 +27,7 @@ TP = flags.DEFINE_integer("tp", 1, "chips that share each head and feed-forward 
 FSDP = flags.DEFINE_integer("fsdp", 1, "chips that share the parameters otherwise (mesh axis fsdp)")
 BATCH = flags.DEFINE_integer("batch", 8, "sequences of prefill and decoding")
 CONTEXT = flags.DEFINE_integer("context", 2048, "tokens of each sequence")
+_KEY = ("model", "topology", "mesh")  # a record supersedes the one with the same
 PROGRAMS = ("calibration", "prefill", "decode")
 ONLY = flags.DEFINE_list("programs", list(PROGRAMS), "which to compile")
 OUTPUT = flags.DEFINE_string("output", None, "JSON file whose record of this model, topology and mesh is replaced")
@@ -39,6 +40,7 @@ def main(_: list[str]) -> None:
         raise ValueError("--topology=KIND:SHAPE is required, e.g. --topology=v5e:2x4")
     if unknown := set(ONLY.value) - set(PROGRAMS):
         raise ValueError(f"--programs: {sorted(unknown)[0]!r} is none of {', '.join(PROGRAMS)}")
+    records = _read_records(Path(OUTPUT.value)) if OUTPUT.value else []
     config = CONFIG.value
     architecture = load_architecture(config)
     elastic = load_elastic(config)
@@ -75,19 +77,26 @@ def main(_: list[str]) -> None:
         "provenance": {**provenance(), "libtpu": importlib.metadata.version("libtpu")},
     }
     if OUTPUT.value:
-        _replace(Path(OUTPUT.value), record)
+        save_json(OUTPUT.value, _replace(records, record))
     print(render_table([record]))
 
 
-def _replace(path: Path, record: dict[str, Any]) -> None:
-    """Puts a record in the place of the one it supersedes, or at the end."""
+def _read_records(path: Path) -> list[dict[str, Any]]:
+    """What earlier calls recorded; read before minutes of compilation, not after."""
     records = read_json(path) if path.is_file() else []
+    if not isinstance(records, list) or not all(isinstance(r, dict) and r.keys() >= set(_KEY) for r in records):
+        raise ValueError(f"--output: '{path}' holds no list of aot_check's records")
+    return records
+
+
+def _replace(records: list[dict[str, Any]], record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Puts a record in the place of the one it supersedes, or at the end."""
 
     def key(entry: dict[str, Any]) -> Any:
-        return [entry[name] for name in ("model", "topology", "mesh")]
+        return [entry[name] for name in _KEY]
 
     kept = [record if key(entry) == key(record) else entry for entry in records]
-    save_json(path, kept if record in kept else [*kept, record])
+    return kept if record in kept else [*kept, record]
 
 
 if __name__ == "__main__":

@@ -25,7 +25,11 @@ def main(_: list[str]) -> None:
 
     def section(match: re.Match[str]) -> str:
         name = match.group(1)
-        return f"<!-- {name} -->\n{markdown_table(read_json_object(readme.parent / name))}\n<!-- end -->"
+        result = read_json_object(readme.parent / name)
+        try:
+            return f"<!-- {name} -->\n{markdown_table(result)}\n<!-- end -->"
+        except ValueError as error:
+            raise ValueError(f"'{readme.parent / name}' is {error}") from error
 
     new = re.sub(r"<!-- (results/\S+) -->\n.*?<!-- end -->", section, old, flags=re.DOTALL)
     if CHECK.value and new != old:

@@ -82,3 +82,15 @@ def test_the_table():
     assert render_table([record]).splitlines()[2:] == [
         "| llama3_8b | v5e:2x4 | 1 x 1 x 8 | decode | 1.5 (16) | 1.23 | 2.5 |"
     ]
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections reads config files by it
+@pytest.mark.parametrize("content", ['{"model": "x"}', '[{"model": "x"}]', "["])
+def test_a_file_that_holds_something_else_is_named_before_anything_is_compiled(call_script, tmp_path, content):
+    path = tmp_path / "other.json"
+    path.write_text(content)
+    found = call_script(
+        "aot_check", "--config=configs/llama32_1b.py", "--topology=v5e:2x4", "--tp=8", f"--output={path}"
+    )
+    assert found.returncode == 2 and str(path) in found.stderr and len(found.stderr.splitlines()) == 1
+    assert path.read_text() == content

@@ -188,6 +188,7 @@ def stages(config: CalibrationConfig) -> tuple[Stage, ...]:
 
 
 _NOT_NEGATIVE = (
+    "end_save_seconds",
     "weight_lr",
     "clipping_lr",
     "router_lr",

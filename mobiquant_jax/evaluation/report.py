@@ -71,7 +71,13 @@ def markdown_table(result: dict[str, Any]) -> str:
 
     Returns:
       The table, an empty line and a sentence.
+
+    Raises:
+      ValueError: it is something else.
     """
+    for name in ("provenance", "seconds", "peak_gb", "curve"):
+        if name not in result:
+            raise ValueError(f"no result of a calibration: it lacks '{name}'")
     rows = ["| average bits | measured | perplexity | against unquantized |", "|---|---|---|---|"]
     reference = next(point["perplexity"] for point in result["curve"] if point["bits"] is None)
     for point in result["curve"]:

@@ -36,6 +36,7 @@ from mobiquant_jax.calibration.config import Stage, stages
         (dict(end_joint_windows=2, end_batch_size=4), "calibration.end_joint_windows=2 is neither 0 nor in 4..128"),
         (dict(end_generated_share=1.5), "calibration.end_generated_share=1.5 is outside 0..1"),
         (dict(end_generated_windows=-1), "calibration.end_generated_windows=-1 must be finite and not negative"),
+        (dict(end_save_seconds=-1.0), "calibration.end_save_seconds=-1.0 must be finite and not negative"),
         (dict(dtype="float16"), "calibration.dtype='float16' is none of float32, bfloat16"),
         (dict(end_batch_size=0), "calibration.end_batch_size=0 is outside 1..128"),
         (dict(end_batch_size=129), "calibration.end_batch_size=129 is outside 1..128"),

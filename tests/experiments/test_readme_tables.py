@@ -59,6 +59,13 @@ def test_missing_results_are_named(call_script, readme):
     assert found.stderr == f"error: no file '{readme.parent}/results/demo.json'\n" and "old" in readme.read_text()
 
 
+def test_results_of_another_kind_are_named(call_script, readme):
+    (readme.parent / "results" / "demo.json").write_text(json.dumps(RESULT | {"curve": None}).replace("curve", "rows"))
+    found = call_script("readme_tables", f"--readme={readme}")
+    wanted = f"error: '{readme.parent}/results/demo.json' is no result of a calibration: it lacks 'curve'\n"
+    assert (found.returncode, found.stderr) == (2, wanted) and "old" in readme.read_text()
+
+
 def test_readme_agrees_with_the_results(call_script):
     found = call_script("readme_tables", "--check")
     assert (found.returncode or 0, found.stderr) == (0, "")

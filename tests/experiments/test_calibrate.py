@@ -25,7 +25,7 @@ from mobiquant_jax.routing import RandomDepth
 ROOT = Path(__file__).parents[2]
 BITS = (2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
 RECIPE = (
-    "windows=32",
+    "windows=16",
     "threshold_windows=16",
     "window_length=128",
     "first_epochs=0",
@@ -35,7 +35,7 @@ RECIPE = (
     "router_lr=2e-3",
     "end_nested_epochs=1",
     "end_joint_epochs=1",
-    "end_batch_size=4",
+    "end_batch_size=2",
     "end_weight_lr=1e-5",
     "end_clipping_lr=3e-4",
     "end_save_seconds=0",  # every epoch, so that the runs that are killed lose one at most
@@ -115,7 +115,7 @@ def test_a_run_leaves_a_checkpoint_a_curve_and_its_history(finished, curve):
     assert all(row["after"] < row["before"] and row["note"] == "" for row in metrics[:5])
     assert [row["epoch"] for row in metrics[5:]] == [0, 1] and all(row["healthy"] for row in metrics[5:])
     record = json.loads((run / "run.json").read_text())
-    assert record["config"]["calibration.windows"] == 32 and record["provenance"]
+    assert record["config"]["calibration.windows"] == 16 and record["provenance"]
     assert list(curve) == [*BITS, None]
     assert all(row.keys() == {"bits", "measured_bits", "perplexity", "tokens"} for row in curve.values())
     assert {row["tokens"] for row in curve.values()} == {16 * 255}
@@ -280,11 +280,11 @@ def damaged(folder, shared_data):
         (["evaluation.bits=1.5"], "average bits must be between 2 and 8, got 1.5"),
         (["quant.groupsize=4"], "unknown config field 'quant.groupsize' (nearest: 'quant.group_size')"),
         (["data.source=tokens:{models}/tokens.npy"], "token 512 at position 10247 is outside the vocabulary of 512"),
-        (["data.source=tokens:{models}/few.npy"], "windows of 128 tokens, not 32"),
+        (["data.source=tokens:{models}/few.npy"], "windows of 128 tokens, not 16"),
         (["data.source=tokens:{models}/float.npy"], "of float32, not integer ids"),
         (["data.source=pydoc"], "the model has no tokenizer for the text of 'pydoc'"),
         (["data.source=file:{models}/empty.txt", "model.source={models}/text"], "empty.txt' is empty"),
-        (["data.source=file:{models}/short.txt", "model.source={models}/text"], "windows of 128 tokens, not 32"),
+        (["data.source=file:{models}/short.txt", "model.source={models}/text"], "windows of 128 tokens, not 16"),
         (["data.source=file:{models}/no.txt", "model.source={models}/text"], "no text file '{models}/no.txt'"),
         (["calibration.window_length=1024"], "exceeds the model's context of 512 tokens"),
         (["run_dir={models}/file"], "'{models}/file' is a file, not a folder: choose another run_dir"),

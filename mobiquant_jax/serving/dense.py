@@ -10,6 +10,8 @@ from jaxtyping import Array, Float
 
 from mobiquant_jax.models.layers import project
 from mobiquant_jax.serving.packed import Carry, PackedModel
+from mobiquant_jax.serving.site import SiteOutput
+from mobiquant_jax.serving.source import Source, read_source
 
 
 @jax.tree_util.register_dataclass
@@ -25,14 +27,15 @@ class DenseSite:
     kernels: tuple[Float[Array, "D out"], ...]
     segments: tuple[int, ...] = field(metadata={"static": True})
 
-    def __call__(
-        self, x: Float[Array, "B T D"], bits: Any, layer: int, dtype: DTypeLike
-    ) -> tuple[list[Float[Array, "B T out"]], Float[Array, "B T"]]:
-        """Multiplies; ``bits`` is unused. See `Site`."""
+    def thresholds_at(self, bits: Any) -> None:
+        """None: nothing is routed. See `Site`."""
+
+    def __call__(self, source: Source, thresholds: None, layer: int, dtype: DTypeLike) -> SiteOutput:
+        """Multiplies. See `Site`."""
         kernel = self.kernels[layer]
-        ends = [sum(self.segments[: i + 1]) for i in range(len(self.segments) - 1)]
+        x, residual = read_source(source, jnp.int32(layer), dtype)
         read = jnp.full(x.shape[:2], float(kernel.size * kernel.dtype.itemsize * 8), jnp.float32)
-        return jnp.split(project(x.astype(dtype), kernel).astype(dtype), ends, axis=-1), read
+        return SiteOutput(project(x, kernel).astype(dtype)[None], residual, read)
 
 
 class DenseModel(PackedModel):

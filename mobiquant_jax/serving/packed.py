@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -18,11 +19,13 @@ from mobiquant_jax.models.attention import attention
 from mobiquant_jax.models.config import LlamaConfig
 from mobiquant_jax.models.elastic import ElasticModel
 from mobiquant_jax.models.kv_cache import KVCache, LayerCache
-from mobiquant_jax.models.layers import project, rms_norm, swiglu
+from mobiquant_jax.models.layers import project, rms_norm
 from mobiquant_jax.models.rope import apply_rope, inverse_frequencies
-from mobiquant_jax.serving.site import Site, fuse_site
+from mobiquant_jax.serving.site import Site, SiteOutput, fuse_site
+from mobiquant_jax.serving.source import Gated, Normed, Plain, Source, sum_parts
 
-Carry = tuple[Array, KVCache, Array]  # residual stream, cache, weight bits read by each token
+# Residual stream, what the block before adds to it (in parts), cache, weight bits read by each token.
+Carry = tuple[Array, Array, KVCache, Array]
 SITES = {
     "qkv": ("attention/q_proj", "attention/k_proj", "attention/v_proj"),
     "o": ("attention/o_proj",),
@@ -83,22 +86,29 @@ class PackedModel:
         positions = cache.length[:, None] + jnp.arange(length, dtype=jnp.int32)
         target = jnp.broadcast_to(jnp.asarray(bits, jnp.float32), (batch,))
 
+        thresholds = {name: site.thresholds_at(target) for name, site in variables.sites.items()}
+
+        def site(name: str, source: Source, index: Any) -> SiteOutput:
+            return variables.sites[name](source, thresholds[name], index, self.dtype)
+
         def layer(index: Any, carry: Carry) -> Carry:
-            x, cache, read = carry
-            normed = rms_norm(x, variables.attention_norm[index], cfg.rms_norm_eps)
-            mixed, cache, attention_read = self._attention(variables, normed, positions, cache, target, index)
-            x = x + mixed
-            normed = rms_norm(x, variables.mlp_norm[index], cfg.rms_norm_eps)
-            (gate, up), up_read = variables.sites["gate_up"](normed, target, index, self.dtype)
-            (down,), down_read = variables.sites["down"](swiglu(gate, up), target, index, self.dtype)
-            return x + down, cache, read + attention_read + up_read + down_read
+            x, update, cache, read = carry
+            qkv = site("qkv", Normed(x=x, update=update, gain=variables.attention_norm, eps=cfg.rms_norm_eps), index)
+            mixed, cache = self._attention(qkv.parts, positions, cache, index)
+            o = site("o", Plain(x=mixed), index)
+            norm = Normed(x=qkv.residual, update=o.parts, gain=variables.mlp_norm, eps=cfg.rms_norm_eps)
+            gate_up = site("gate_up", norm, index)
+            down = site("down", Gated(halves=gate_up.parts), index)
+            return gate_up.residual, down.parts, cache, read + qkv.read + o.read + gate_up.read + down.read
 
         with jax.named_scope("embed"):
             x = variables.embedding[tokens].astype(self.dtype)
-        start = (x, cache, jnp.zeros(tokens.shape, jnp.float32))
-        x, cache, read = self._over_layers(layer, start)
+        start = (x, jnp.zeros((1, *x.shape), x.dtype), cache, jnp.zeros(tokens.shape, jnp.float32))
+        update = jax.eval_shape(lambda carry: layer(0, carry), start)[1]  # of as many parts as the last site returns
+        start = (x, jnp.zeros(update.shape, update.dtype), *start[2:])
+        x, update, cache, read = self._over_layers(layer, start)
         with jax.named_scope("unembed"):
-            x = rms_norm(x, variables.final_norm, cfg.rms_norm_eps)
+            x = rms_norm(x + sum_parts(update, self.dtype), variables.final_norm, cfg.rms_norm_eps)
             logits = project(x, variables.embedding.T if variables.head is None else variables.head)
         weights = float(cfg.num_hidden_layers * sum(rows * columns for rows, columns in cfg.linear_shapes().values()))
         return logits, read / weights, KVCache(k=cache.k, v=cache.v, length=cache.length + length)
@@ -107,14 +117,15 @@ class PackedModel:
         return jax.lax.fori_loop(0, self.config.num_hidden_layers, layer, start)
 
     def _attention(
-        self, variables: ServingArrays, x: Array, positions: Array, cache: KVCache, bits: Array, index: Array
-    ) -> tuple[Float[Array, "B T D"], KVCache, Float[Array, "B T"]]:
+        self, parts: Float[Array, "P B T qkv"], positions: Array, cache: KVCache, index: Array
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
         cfg = self.config
-        outputs, read = variables.sites["qkv"](x, bits, index, self.dtype)
-        q, k, v = (y.reshape(*x.shape[:2], -1, cfg.head_dim) for y in outputs)
+        ends = np.cumsum([cfg.num_attention_heads, cfg.num_key_value_heads]) * cfg.head_dim
+        qkv = jnp.split(sum_parts(parts, self.dtype), ends, axis=-1)
+        q, k, v = (y.reshape(*y.shape[:2], -1, cfg.head_dim) for y in qkv)
         frequencies = inverse_frequencies(cfg)
         q, k = apply_rope(q, positions, frequencies), apply_rope(k, positions, frequencies)
-        rows = jnp.arange(x.shape[0])[:, None]
+        rows = jnp.arange(q.shape[0])[:, None]
         # The whole cache is carried and written in place: as scanned slices it would be copied once a token.
         cache = KVCache(
             k=cache.k.at[index, rows, positions].set(k.astype(cache.k.dtype), mode="drop"),
@@ -124,8 +135,7 @@ class PackedModel:
         mine = LayerCache(k=cache.k[index], v=cache.v[index])
         slots = jnp.arange(cache.k.shape[2])[None]
         mixed = attention(q, mine.k.astype(q.dtype), mine.v.astype(q.dtype), positions, slots)
-        (out,), out_read = variables.sites["o"](mixed.reshape(*x.shape[:2], -1), bits, index, self.dtype)
-        return out, cache, read + out_read
+        return mixed.reshape(*q.shape[:2], -1), cache
 
 
 def prepare(model: ElasticModel, dtype: DTypeLike = jnp.bfloat16) -> PackedModel:

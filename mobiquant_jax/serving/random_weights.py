@@ -16,10 +16,10 @@ from mobiquant_jax.ops.sliced_matmul.layout import (
     TILED_SLICE_BITS,
     check_tileable_group,
 )
-from mobiquant_jax.routing import Router, score, threshold_for_bits
+from mobiquant_jax.routing import FusedRouter, Router, score, threshold_for_bits
 from mobiquant_jax.serving.dense import DenseModel, DenseSite
 from mobiquant_jax.serving.packed import SITES, PackedModel, ServingArrays
-from mobiquant_jax.serving.site import Site, SiteRouter
+from mobiquant_jax.serving.site import Site
 
 _THRESHOLD_TOKENS = 1024
 
@@ -110,7 +110,7 @@ def _packed_site(
     routers, tables = jax.jit(jax.vmap(jax.vmap(router, (0, None)), (0, None)))(router_keys, sample)
     return Site(
         weight=weight,
-        router=SiteRouter(
+        router=FusedRouter(
             hidden=jnp.moveaxis(routers.hidden, 1, 2).reshape(layers, inputs, -1).astype(dtype),
             magnitude=routers.magnitude,
             hidden_bias=routers.hidden_bias,

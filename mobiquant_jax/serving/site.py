@@ -1,7 +1,8 @@
 """A site: the linears of a block that share one input, with their weights fused and their routers side by side."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,56 +10,24 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from mobiquant_jax.ops import TiledWeight, sliced_matmul, tile_weight
+from mobiquant_jax.ops.sliced_matmul import routed_gpu
 from mobiquant_jax.quant import SlicedWeight
-from mobiquant_jax.routing import Router, lookup
+from mobiquant_jax.routing import FusedRouter, Router
+from mobiquant_jax.serving.source import Gated, Normed, Plain, Source, read_source
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class SiteRouter:
-    """The routers of S linears that share an input, so that their first layers are one matmul.
+class SiteOutput(NamedTuple):
+    """What a site returns.
 
     Attributes:
-        hidden: first layers, ``[L, in, S * h]``.
-        magnitude: weight of the input's log RMS in the first layers.
-        hidden_bias: biases of the first layers.
-        output: second layers.
-        output_bias: biases of the second layers.
-        thresholds: recorded thresholds at each average of ``grid``.
-        grid: average bits of the thresholds.
+        parts: the outputs of its linears side by side, as a sum still to be taken over the first axis.
+        residual: the residual stream after the update, ``[B, T, D]``; None unless the source is `Normed`.
+        read: weight bits each token read in all the linears.
     """
 
-    hidden: Float[Array, "L D hiddens"]
-    magnitude: Float[Array, "L S h"]
-    hidden_bias: Float[Array, "L S h"]
-    output: Float[Array, "L S h E-1"]
-    output_bias: Float[Array, "L S E-1"]
-    thresholds: Float[Array, "L S grid"]
-    grid: tuple[float, ...] = field(metadata={"static": True})
-
-    def depths(self, x: Float[Array, "B T in"], bits: Float[Array, " B"], layer: Int[Array, ""]) -> Int[Array, "S B T"]:
-        """Depth of each token in each linear; the same as ``score`` and ``TableBudget`` linear by linear.
-
-        Args:
-            x: the site's input; the first layers multiply in the dtype of ``hidden``.
-            bits: target average bits of each sequence.
-            layer: which layer.
-        """
-        with jax.named_scope("router"):
-            one: SiteRouter = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), self)
-            linears, size = one.magnitude.shape
-            wide = x.astype(jnp.float32)
-            rms = jnp.sqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-12)
-            product = jnp.einsum(
-                "bti,ih->bth", (wide / rms).astype(one.hidden.dtype), one.hidden, preferred_element_type=jnp.float32
-            )
-            hidden = product.reshape(*x.shape[:2], linears, size) + jnp.log(rms)[..., None] * one.magnitude
-            hidden = jax.nn.silu(hidden + one.hidden_bias)
-            # Too small for a matmul: as a sum, it is one kernel with what surrounds it.
-            scores = jnp.sum(hidden[..., None] * one.output, axis=-2) + one.output_bias  # [B, T, S, E-1]
-            threshold = jnp.stack([lookup(table, self.grid, bits) for table in one.thresholds], axis=-1)  # [B, S]
-            gates = scores > threshold[:, None, :, None]
-            return 1 + jnp.moveaxis(jnp.sum(jnp.cumprod(gates, axis=-1, dtype=jnp.int32), axis=-1), -1, 0)
+    parts: Float[Array, "P B T out"]
+    residual: Any
+    read: Float[Array, "B T"]
 
 
 @jax.tree_util.register_dataclass
@@ -72,27 +41,76 @@ class Site:
     """
 
     weight: TiledWeight
-    router: SiteRouter
+    router: FusedRouter
 
-    def __call__(
-        self, x: Float[Array, "B T in"], bits: Float[Array, " B"], layer: Int[Array, ""], dtype: DTypeLike
-    ) -> tuple[list[Float[Array, "B T out"]], Float[Array, "B T"]]:
-        """Routes and multiplies.
+    @property
+    def segments(self) -> tuple[int, ...]:
+        """Outputs of each linear."""
+        return self.weight.segments
+
+    def thresholds_at(self, bits: Float[Array, " B"]) -> Any:
+        """What `__call__` takes as thresholds: once for all layers."""
+        return self.router.thresholds_at(bits)
+
+    def __call__(self, source: Source, thresholds: Any, layer: Int[Array, ""], dtype: DTypeLike) -> SiteOutput:
+        """Makes the input, routes and multiplies.
 
         Args:
-            x: activations.
-            bits: target average bits of each sequence.
+            source: what the input is made of.
+            thresholds: see `thresholds_at`.
             layer: which layer.
-            dtype: of the multiplication and of the outputs.
-
-        Returns:
-            The outputs of each linear, and the weight bits each token read in all of them.
+            dtype: of the multiplication.
         """
-        depths = self.router.depths(x, bits, layer)
-        y = sliced_matmul(x.astype(dtype), self.weight, depths, layer=layer, dtype=dtype)
-        ends = [sum(self.weight.segments[: i + 1]) for i in range(len(self.weight.segments) - 1)]
-        read = 2.0 * self.weight.in_features * jnp.tensordot(jnp.asarray(self.weight.segments, jnp.float32), depths, 1)
-        return jnp.split(y, ends, axis=-1), read
+        product = self._in_one_kernel(source, thresholds, layer, dtype)
+        if product is None:
+            x, residual = read_source(source, layer, dtype)
+            depths = self.router.depths(x, thresholds, layer)
+            parts = sliced_matmul(x, self.weight, depths, layer=layer, dtype=dtype)[None]
+        else:
+            parts, residual, depths = product
+        size = 2.0 * self.weight.in_features * jnp.asarray(self.segments, jnp.float32)
+        return SiteOutput(parts, residual, jnp.tensordot(size, depths, 1))
+
+    def _in_one_kernel(self, source: Source, thresholds: Any, layer: Int[Array, ""], dtype: DTypeLike) -> Any:
+        """``(parts, residual, depths)`` of a decode step on a Hopper GPU, else None."""
+        batch, length = _leading(source)
+        tokens = batch * length
+        if jax.default_backend() != "gpu" or not isinstance(self.router, FusedRouter) or dtype != jnp.bfloat16:
+            return None
+        try:
+            routed_gpu.check_supported(tokens, self.weight, self.router)
+        except NotImplementedError:
+            return None
+        with jax.named_scope("routed_matmul"):
+            parts, residual, depths = routed_gpu.routed_matmul(
+                weight=self.weight,
+                router=self.router,
+                thresholds=jnp.repeat(thresholds, length, axis=-1),
+                layer=layer,
+                **_flat_source(source, tokens),
+            )
+        return (
+            parts.reshape(-1, batch, length, parts.shape[-1]),
+            None if residual is None else residual.reshape(batch, length, -1),
+            depths.reshape(-1, batch, length),
+        )
+
+
+def _leading(source: Source) -> tuple[int, int]:
+    batch, length = (source.halves[0] if isinstance(source, Gated) else source.x).shape[:2]
+    return batch, length
+
+
+def _flat_source(source: Source, tokens: int) -> dict[str, Any]:
+    """Arguments of `routed_gpu.routed_matmul`, batch and time as one axis."""
+    if isinstance(source, Plain):
+        return {"source": "plain", "x": source.x.astype(jnp.bfloat16).reshape(tokens, -1)}
+    update = source.update if isinstance(source, Normed) else source.halves
+    flat = update.astype(jnp.float32).reshape(update.shape[0], tokens, -1)
+    if isinstance(source, Gated):
+        return {"source": "gated", "update": flat}
+    x = source.x.astype(jnp.bfloat16).reshape(tokens, -1)
+    return {"source": "normed", "x": x, "update": flat, "gain": source.gain, "eps": source.eps}
 
 
 def fuse_site(
@@ -116,7 +134,7 @@ def fuse_site(
     """
     return Site(
         weight=tile_weight(weights),
-        router=SiteRouter(
+        router=FusedRouter(
             hidden=jnp.concatenate([router.hidden for router in routers], axis=-1).astype(dtype),
             magnitude=jnp.stack([router.magnitude for router in routers], axis=1),
             hidden_bias=jnp.stack([router.hidden_bias for router in routers], axis=1),

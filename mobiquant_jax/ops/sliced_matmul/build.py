@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 
 _SOURCES = Path(__file__).parent / "cuda"
-_HANDLERS = {"decode": "SlicedMatmulDecode", "prefill": "SlicedMatmulPrefill"}
+_HANDLERS = {"decode": "SlicedMatmulDecode", "prefill": "SlicedMatmulPrefill", "routed": "SlicedMatmulRouted"}
 _ARCHITECTURE = "90a"  # Hopper: wgmma exists nowhere else
 _FLAGS = (
     "-std=c++17",
@@ -44,7 +44,7 @@ def register(groups: int) -> dict[str, str]:
         groups: groups in a block of 128 inputs: 1, 2 or 4.
 
     Returns:
-        The FFI targets ``decode`` and ``prefill``.
+        The FFI targets ``decode``, ``prefill`` and ``routed``.
 
     Raises:
         NotImplementedError: no compiler, or it failed.

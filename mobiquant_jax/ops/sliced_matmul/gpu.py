@@ -41,7 +41,7 @@ def sliced_matmul(
         NotImplementedError: another type of activations, no Hopper GPU, or no compiler.
     """
     check_supported(x, weight)
-    targets = build.register(_groups_per_block(weight))
+    targets = build.register(groups_per_block(weight))
     operands = (x, depth.astype(jnp.int32), layer.astype(jnp.int32), weight.affine, *weight.planes)
     attributes = {
         "ends": np.cumsum(np.array(weight.segment_tiles, np.int64)),
@@ -59,20 +59,25 @@ def sliced_matmul(
         plan = jax.ShapeDtypeStruct((plan_integers(tokens),), jnp.int32)
         y, _ = jax.ffi.ffi_call(targets["prefill"], (out, plan))(*operands, **attributes)
         y = y.astype(dtype)
-    return _without_padding(y, weight)
+    return without_padding(y, weight)
 
 
 def check_supported(x: Float[Array, "N in"], weight: TiledWeight) -> None:
     """Raises NotImplementedError, saying why, where the kernels cannot run."""
+    check_device(weight)
+    if x.dtype != jnp.bfloat16:
+        raise NotImplementedError(f"the CUDA kernels multiply bfloat16, not {x.dtype}")
+    if x.shape[0] > _MOST_TOKENS:
+        raise NotImplementedError(f"the CUDA kernels sort up to {_MOST_TOKENS} tokens by depth, not {x.shape[0]}")
+
+
+def check_device(weight: TiledWeight) -> None:
+    """Raises NotImplementedError unless this is a Hopper GPU and the weight's linears are few enough."""
     device = jax.devices()[0]
     if device.platform != "gpu" or getattr(device, "compute_capability", None) != "9.0":
         raise NotImplementedError(f"the CUDA kernels need a Hopper GPU, not {device.device_kind}")
-    if x.dtype != jnp.bfloat16:
-        raise NotImplementedError(f"the CUDA kernels multiply bfloat16, not {x.dtype}")
     if len(weight.segments) > _MOST_SEGMENTS:
         raise NotImplementedError(f"the CUDA kernels fuse {_MOST_SEGMENTS} linears, not {len(weight.segments)}")
-    if x.shape[0] > _MOST_TOKENS:
-        raise NotImplementedError(f"the CUDA kernels sort up to {_MOST_TOKENS} tokens by depth, not {x.shape[0]}")
 
 
 def decode_splits(tokens: int, tiles: int, blocks: int) -> int:
@@ -91,13 +96,15 @@ def plan_integers(tokens: int) -> int:
     return _MOST_SEGMENTS * (4 * tiles + _WIDTHS + tokens)
 
 
-def _groups_per_block(weight: TiledWeight) -> int:
+def groups_per_block(weight: TiledWeight) -> int:
+    """Scales of an output in a block of inputs: the kernels are built for it."""
     return BLOCK_INPUTS // min(weight.group_size, BLOCK_INPUTS)
 
 
-def _without_padding(y: Float[Array, "N padded"], weight: TiledWeight) -> Float[Array, "N out"]:
+def without_padding(y: Float[Array, "*batch padded"], weight: TiledWeight) -> Float[Array, "*batch out"]:
+    """Leaves out the outputs that fill each segment's last tile."""
     if all(outputs % TILE_OUTPUTS == 0 for outputs in weight.segments):
         return y
     starts = np.cumsum([0, *weight.segment_tiles]) * TILE_OUTPUTS
-    parts = [y[:, start : start + outputs] for start, outputs in zip(starts, weight.segments, strict=False)]
-    return jnp.concatenate(parts, axis=1)
+    parts = [y[..., start : start + outputs] for start, outputs in zip(starts, weight.segments, strict=False)]
+    return jnp.concatenate(parts, axis=-1)

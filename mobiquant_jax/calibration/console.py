@@ -28,6 +28,10 @@ class ConsoleObserver:
             following = f"continuing with block {resumed + 1}" if resumed < blocks else "none is left to train"
             print(f"{resumed} of {blocks} blocks are on disk already; {following}", flush=True)
 
+    def on_damaged(self, reason: str) -> None:
+        """See `Observer`."""
+        print(f"{reason}; it is computed again", flush=True)
+
     def on_epoch(self, block: int, stage: str, epoch: int, epochs: int, error: float) -> None:
         """See `Observer`."""
         if sys.stdout.isatty():

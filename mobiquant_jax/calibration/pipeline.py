@@ -3,7 +3,7 @@
 All of it lies on one mesh. The streams are split over its batch axes: a device, and so a process, holds and computes
 its own windows. Both streams stay in the devices' memory, beside one block and its optimizer.
 
-Order on ``resume``: the folder's blocks are read instead of trained, as far as they follow one another; streams are
+Order on ``resume``: the folder's blocks are read instead of trained, all but those that are damaged; streams are
 recomputed through them, so a resumed run continues with the very numbers of an uninterrupted one.
 """
 
@@ -11,7 +11,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ from mobiquant_jax.calibration.run_dir import RunDir
 from mobiquant_jax.calibration.samples import Samples
 from mobiquant_jax.calibration.stacking import stack_blocks
 from mobiquant_jax.calibration.thresholds import record_thresholds
-from mobiquant_jax.io.checkpoint import load_tree, save_tree
+from mobiquant_jax.io.checkpoint import DamagedTree, load_tree, save_tree
 from mobiquant_jax.models import Llama, LlamaConfig
 from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel, Variables
 from mobiquant_jax.sharding import Placement, one_device
@@ -40,6 +41,9 @@ class Observer(Protocol):
 
     def on_start(self, blocks: int, resumed: int) -> None:
         """``resumed`` of the ``blocks`` are on disk already."""
+
+    def on_damaged(self, reason: str) -> None:
+        """What a block or a state of end-to-end tuning left on disk is damaged; it is computed again."""
 
     def on_epoch(self, block: int, stage: str, epoch: int, epochs: int, error: float) -> None:
         """An epoch of a block is done."""
@@ -128,9 +132,8 @@ class Calibrator:
         for index in range(self.config.num_hidden_layers):
             dense = self.placement.put(jax.tree.map(lambda leaf, index=index: leaf[index], params["layers"]))
             target = trainer.dense_block(dense, full)
-            if index < done:
-                trained = load_tree(self.run.block(index), trainer.abstract_trained)
-            else:
+            trained = self._load(self.run.block(index), trainer.abstract_trained)
+            if trained is None:
                 trained = self._train_block(trainer, dense, quantized, target, index)
             quantized = trainer.packed_block(trainer.pack(trained), quantized)
             full = target
@@ -147,6 +150,17 @@ class Calibrator:
         while count < self.config.num_hidden_layers and self.run.block(count).is_dir():
             count += 1
         return distributed.from_main(count)
+
+    def _load(self, path: Path, like: Any) -> Any:
+        """A saved tree, or None where there is none, or a damaged one, which is removed."""
+        if not distributed.from_main(int(path.is_dir())):
+            return None
+        try:
+            return load_tree(path, like)
+        except DamagedTree as error:
+            self.observer.on_damaged(str(error))
+            self.run.remove(path)
+            return None
 
     def _train_block(self, trainer: BlockTrainer, dense: Params, quantized: Array, target: Array, index: int) -> Params:
         start = time.perf_counter()
@@ -187,10 +201,10 @@ class Calibrator:
             dtype=jnp.dtype(cal.dtype),
             mesh=self.mesh,
         )
-        first = distributed.from_main(self.run.tuned_epochs())
-        if first:
-            state = load_tree(self.run.tuned(first), tuner.abstract_state)
-        else:
+        state = None
+        while state is None and (first := distributed.from_main(self.run.tuned_epochs())):
+            state = self._load(self.run.tuned(first), tuner.abstract_state)
+        if state is None:
             blocks = self._trained_blocks(trainer)
             state = tuner.init(stack_blocks(blocks, self.config.num_hidden_layers, self.placement))
         saved, saved_at = first, time.perf_counter()
@@ -200,7 +214,7 @@ class Calibrator:
             # One process's clock decides for all.
             if distributed.from_main(int(time.perf_counter() - saved_at >= cal.end_save_seconds)):
                 save_tree(self.run.tuned(epoch + 1), state)
-                self.run.remove_tuned(saved)
+                self.run.remove(self.run.tuned(saved))
                 saved, saved_at = epoch + 1, time.perf_counter()
             seconds = time.perf_counter() - start
             self.run.log({"epoch": epoch, "divergence": divergence, "healthy": healthy, "seconds": round(seconds, 3)})

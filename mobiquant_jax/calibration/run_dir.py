@@ -71,10 +71,9 @@ class RunDir:
         folder = self.path / "tuned"
         return max((int(entry.name) for entry in folder.glob("*") if entry.name.isdigit()), default=0)
 
-    def remove_tuned(self, epochs: int) -> None:
-        """Frees the space of an earlier epoch."""
-        if distributed.is_main():
-            shutil.rmtree(self.tuned(epochs), ignore_errors=True)
+    def remove(self, saved: Path) -> None:
+        """Removes a block or a state of end-to-end tuning; no process goes on before it is gone."""
+        distributed.on_main(f"removing '{saved}'", lambda: shutil.rmtree(saved, ignore_errors=True))
 
     def remove_intermediate(self) -> None:
         """Frees the space of blocks and epochs, once the checkpoint is complete, and of saves that were killed."""

@@ -11,6 +11,7 @@ import glob
 import json
 import os
 import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,16 @@ from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel, Variables
 from mobiquant_jax.quant import LAYOUT_VERSION
 from mobiquant_jax.sharding import Placement
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # of checkpoints and of each saved tree
 MANIFEST = "mobiquant.json"
 VARIABLES = "variables"
-INVENTORY = "files.json"  # in each saved tree: the size of every file
+INVENTORY = "files.json"  # in each saved tree: the size and the CRC-32 of every file
 _CHUNK_BYTES = 2**20  # smaller layers share a chunk
+_READ_BYTES = 2**24
+
+
+class DamagedTree(ValueError):
+    """A saved tree whose files are not those that were written."""
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -55,7 +61,7 @@ def save_tree(path: str | Path, tree: Any) -> None:
     partial = distributed.partial_name(path)
 
     def complete() -> None:
-        save_json(partial / INVENTORY, _file_sizes(partial))
+        save_json(partial / INVENTORY, {"format_version": FORMAT_VERSION, "files": _inventory(partial)})
         partial.rename(path)
 
     try:
@@ -91,23 +97,65 @@ def _by_layer(leaf: Any) -> ocp.SaveArgs:
     return ocp.SaveArgs(chunk_byte_size=layer_bytes, shard_axes=(0,)) if layer_bytes >= _CHUNK_BYTES else ocp.SaveArgs()
 
 
-def _file_sizes(folder: Path) -> dict[str, int]:
-    """Bytes of each file below a folder, the inventory itself left out."""
+def _inventory(folder: Path) -> dict[str, list[int]]:
+    """Bytes and CRC-32 of each file below a folder, the inventory itself left out."""
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != INVENTORY)
-    return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
+    return {file.relative_to(folder).as_posix(): [file.stat().st_size, _crc32(file)] for file in files}
+
+
+def _crc32(file: Path) -> int:
+    value = 0
+    with file.open("rb") as opened:
+        while part := opened.read(_READ_BYTES):
+            value = zlib.crc32(part, value)
+    return value
+
+
+def _damage(folder: Path) -> str:
+    """What is wrong with the files of a saved tree, or "".
+
+    Orbax starts all reads at once and abandons the others when one fails; each of those prints a traceback of its own,
+    whenever it happens to be collected. So a folder with a damaged file is never handed to it.
+
+    Raises:
+        ValueError: another format.
+    """
+    try:
+        record = read_json_object(folder / INVENTORY)
+    except (FileNotFoundError, ValueError) as error:
+        return str(error)
+    if record.get("format_version") != FORMAT_VERSION:
+        version = record.get("format_version", 1)  # the first one did not say
+        raise ValueError(f"'{folder}' has format_version {version}, this version reads {FORMAT_VERSION}")
+    found = _inventory(folder)
+    for name, (size, crc) in record["files"].items():
+        if name not in found:
+            return f"file '{name}' is missing"
+        if found[name][0] != size:
+            return f"file '{name}' is {found[name][0]} bytes long, not {size}"
+        if found[name][1] != crc:
+            return f"file '{name}' is not what was written: its CRC-32 is {found[name][1]:08x}, not {crc:08x}"
+    return ""
 
 
 def _check_files(folder: Path) -> None:
-    """Raises ValueError, naming the file, unless all files are there in full.
+    """Process 0 reads all files of a saved tree; the verdict is everybody's.
 
-    Orbax starts all reads at once and abandons the others when one fails; each of those prints a traceback of its own,
-    whenever it happens to be collected. So a folder with a missing or short file is never handed to it.
+    Raises:
+        DamagedTree: names the file.
+        ValueError: another format.
     """
-    found = _file_sizes(folder)
-    for name, size in read_json_object(folder / INVENTORY).items():
-        if found.get(name) != size:
-            state = "missing" if name not in found else f"{found[name]} bytes long, not {size}"
-            raise ValueError(f"file '{name}' is {state}")
+    damage = ""
+
+    def look() -> None:
+        nonlocal damage
+        damage = _damage(folder)
+
+    distributed.on_main(f"checking '{folder}'", look)
+    if distributed.from_main(int(bool(damage))):
+        raise DamagedTree(
+            f"'{folder}' cannot be read as this model's variables: {damage or 'process 0 says which file is damaged'}"
+        )
 
 
 def load_tree(path: str | Path, like: Any) -> Any:
@@ -120,13 +168,14 @@ def load_tree(path: str | Path, like: Any) -> Any:
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: the stored tree is damaged or has other names, shapes or types.
+        DamagedTree: a file is missing or not what was written.
+        ValueError: the stored tree is of another format, or has other names, shapes or types.
     """
     path = Path(path).absolute()
     if not path.is_dir():
         raise FileNotFoundError(f"no checkpoint folder '{path}'")
+    _check_files(path)
     try:
-        _check_files(path)
         with ocp.StandardCheckpointer() as checkpointer:
             stored = _leaves(checkpointer.metadata(path).item_metadata.tree)
             # Compared before anything is read: orbax casts to other types, and refuses other shapes halfway.

@@ -14,7 +14,14 @@ import pytest
 
 from mobiquant_jax.calibration.optimizer import grouped_adamw
 from mobiquant_jax.io import checkpoint
-from mobiquant_jax.io.checkpoint import is_checkpoint, load_checkpoint, load_tree, save_checkpoint, save_tree
+from mobiquant_jax.io.checkpoint import (
+    DamagedTree,
+    is_checkpoint,
+    load_checkpoint,
+    load_tree,
+    save_checkpoint,
+    save_tree,
+)
 from mobiquant_jax.io.load import load_model
 from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel
 
@@ -159,7 +166,7 @@ def test_missing_parts(copy):
     ("change", "parts"),
     [
         (dict(layout_version=7), ["layout_version 7", "reads 1"]),
-        (dict(format_version=None), ["format_version None", "reads 1"]),
+        (dict(format_version=None), ["format_version None", "reads 2"]),
         (dict(elastic=None), ["mobiquant.json"]),
         (dict(elastic={"group_sise": 32}), ["mobiquant.json", "group_sise"]),
         (dict(elastic={"group_size": 48}), ["group size 48", "attention/q_proj"]),
@@ -194,11 +201,15 @@ def test_variables_of_another_architecture(copy, change):
     fails(copy, ValueError, "variables")
 
 
-@pytest.mark.parametrize("damage", ["truncated", "emptied", "removed"])
+@pytest.mark.parametrize("damage", ["truncated", "emptied", "removed", "one bit"])
 def test_damaged_variables(copy, damage, monkeypatch):
     largest = max((p for p in (copy / "variables").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     if damage == "removed":
         largest.unlink()
+    elif damage == "one bit":
+        content = bytearray(largest.read_bytes())
+        content[np.random.default_rng().integers(len(content))] ^= 1 << np.random.default_rng().integers(8)
+        largest.write_bytes(content)
     else:
         content = largest.read_bytes()
         largest.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"")
@@ -208,6 +219,16 @@ def test_damaged_variables(copy, damage, monkeypatch):
     fails(copy, ValueError, "variables", f"file '{largest.relative_to(copy / 'variables').as_posix()}' is")
     gc.collect()
     assert not left_behind  # abandoned reads would each print a traceback after the one-line error
+
+
+@pytest.mark.parametrize("content", [{"_METADATA": 7}, {"format_version": 3, "files": {}}])
+def test_a_tree_of_another_format_is_not_called_damaged(copy, content):
+    (copy / "variables" / "files.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError) as error:
+        load_checkpoint(copy)
+    version = content.get("format_version", 1)
+    assert str(error.value) == f"'{copy}/variables' has format_version {version}, this version reads 2"
+    assert not isinstance(error.value, DamagedTree)
 
 
 def test_trees(tmp_path):

@@ -6,12 +6,15 @@ tokenizer.json, ...  the tokenizer, where there is one
 variables/           packed slices, routers, thresholds, norms, embedding and head
 """
 
+import contextlib
 import dataclasses
 import glob
 import json
+import logging
 import os
 import shutil
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,19 +67,52 @@ def save_tree(path: str | Path, tree: Any) -> None:
         save_json(partial / INVENTORY, {"format_version": FORMAT_VERSION, "files": _inventory(partial)})
         partial.rename(path)
 
+    def begin() -> None:
+        shutil.rmtree(partial, ignore_errors=True)  # one that was killed may have had the same process id
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _check_space(path.parent, sum(leaf.nbytes for leaf in jax.tree.leaves(tree)))
+
     try:
-        # One that was killed may have had the same process id.
-        distributed.on_main(f"saving '{path}'", lambda: shutil.rmtree(partial, ignore_errors=True))
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=_one_replica())) as checkpointer:
+        distributed.on_main(f"saving '{path}'", begin)
+        handler = ocp.PyTreeCheckpointHandler(type_handler_registry=_one_replica())
+        with _reported_once(), ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(partial, ocp.args.PyTreeSave(tree, jax.tree.map(_by_layer, tree)))
         distributed.on_main(f"saving '{path}'", complete)
     except ValueError as error:  # TensorStore tells of a full disk by one, after a chain of "Error writing ...: "
-        reason = " ".join(str(error).rpartition(": ")[2].split())
+        reason = str(error).partition(" [")[0].rpartition(": ")[2]  # what follows is a dump of settings
         raise OSError(f"cannot write '{path}': {reason}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         for unfinished in path.parent.glob(f"{glob.escape(partial.name)}.orbax-checkpoint-tmp*"):
             shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    """Raises OSError unless so many bytes fit on a folder's disk.
+
+    Found out while writing, it is a traceback from each of the threads of orbax and TensorStore. Compressed, the arrays
+    may be a little smaller.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"cannot write '{folder}': no space left, {needed / 1e6:.2f} MB are needed, {free / 1e6:.2f} free"
+        )
+
+
+@contextlib.contextmanager
+def _reported_once() -> Iterator[None]:
+    """Silences what orbax's threads log of an error that the block raises anyway."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "_SignalingThread.run() raised an exception" not in record.getMessage()
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
 
 
 def _one_replica() -> Any:

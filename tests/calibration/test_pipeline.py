@@ -5,7 +5,9 @@ here a block's parameters are a function of what it was given, so that any mista
 """
 
 import json
+import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -188,6 +190,21 @@ def test_a_damaged_block_is_named_and_trained_again(calibrator, trained, params,
     )
     assert observer.events[1][1].startswith(message) and "\n" not in observer.events[1][1]
     assert list(trained) == [0] and damaged.run.block(1).stat().st_mtime_ns == untouched
+
+
+def test_a_full_disk_ends_the_run_with_what_was_saved(calibrator, trained, params, windows, monkeypatch):
+    def full(path):
+        return SimpleNamespace(free=0 if list(trained) == [0, 1] else 10**9)
+
+    monkeypatch.setattr(shutil, "disk_usage", full)
+    run = calibrator("run", Recorder())
+    with pytest.raises(OSError, match="no space left"):
+        run.calibrate(params, windows)
+    assert [entry.name for entry in run.run.blocks.iterdir()] == ["000"]
+    assert len((run.run.path / "metrics.jsonl").read_text().splitlines()) == 1
+    trained.clear()
+    run.calibrate(params, windows)
+    assert list(trained) == [1]
 
 
 def test_a_damaged_state_of_tuning_is_computed_again(calibrator, trained, params, windows, monkeypatch):

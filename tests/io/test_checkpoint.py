@@ -3,9 +3,11 @@
 import dataclasses
 import gc
 import json
+import resource
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -142,6 +144,28 @@ def test_a_failed_rename_puts_the_old_one_back(model, copy, tmp_path, monkeypatc
         save_checkpoint(copy, model, {})
     assert files_of(tmp_path) == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["copy"]
+
+
+def test_a_full_disk_is_found_before_anything_is_written(model, copy, tmp_path, monkeypatch):
+    before = files_of(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=30_000))
+    with pytest.raises(OSError, match=r"cannot write '.*': no space left, 0\.\d\d MB are needed, 0\.03 free"):
+        save_checkpoint(copy, model, {})
+    assert files_of(tmp_path) == before and [entry.name for entry in tmp_path.iterdir()] == ["copy"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # writes that TensorStore abandons
+def test_a_disk_that_fills_up_while_it_is_written_is_one_error(model, copy, tmp_path, caplog):
+    """The system refuses files beyond some size, as it does beyond the disk's; orbax's threads log nothing."""
+    before, limits = files_of(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="^cannot write '.*': File too large$"):
+            save_checkpoint(copy, model, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not caplog.records
+    assert files_of(tmp_path) == before and [entry.name for entry in tmp_path.iterdir()] == ["copy"]
 
 
 def test_an_unquantized_model_is_refused(model, tmp_path):

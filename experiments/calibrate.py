@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from mobiquant_jax import distributed
 from mobiquant_jax.calibration import CalibrationConfig, Calibrator, ConsoleObserver, RunDir, open_run
+from mobiquant_jax.calibration.flops import peak_flops
 from mobiquant_jax.config_flags import define_config, flatten, run
 from mobiquant_jax.evaluation import (
     PerplexityResult,
@@ -54,6 +55,7 @@ CONFIG = define_config()
 RESUME = flags.DEFINE_boolean("resume", False, "continue the run in run_dir from what it saved last")
 OVERWRITE = flags.DEFINE_boolean("overwrite", False, "delete the run in run_dir and start over")
 
+PROFILE_BLOCK = flags.DEFINE_integer("profile_block", None, "trace the training of this block, from 1, into run_dir")
 JOIN_JOB = distributed.define_flags()
 
 _OUTCOME = ("evaluation.", "mesh.", "run_dir")  # fields that may change when a run is resumed
@@ -74,6 +76,9 @@ def main(_: list[str]) -> None:
     _check_evaluation(config.evaluation, elastic)
     elastic.check_model(load_architecture(config))  # before the weights are read
     mesh = load_mesh(config)
+    blocks = config.model.architecture.num_hidden_layers
+    if PROFILE_BLOCK.value is not None and not 1 <= PROFILE_BLOCK.value <= blocks:
+        raise ValueError(f"--profile_block={PROFILE_BLOCK.value} is outside 1..{blocks}")
     dense = open_dense_model(config)
     elastic.check_model(dense.config)
     windows, heldout = (load_windows(config, dense, split) for split in ("calibration", "heldout"))
@@ -133,8 +138,9 @@ def _calibrate(
         elastic=elastic,
         calibration=calibration,
         run=run_dir,
-        observer=ConsoleObserver(),
+        observer=ConsoleObserver(peak_flops(mesh.devices.ravel().tolist())),
         mesh=mesh,
+        profile_block=None if PROFILE_BLOCK.value is None else PROFILE_BLOCK.value - 1,
     )
     try:
         variables = calibrator.calibrate(dense.variables["params"], windows)

@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from mobiquant_jax.calibration.config import CalibrationConfig, Stage, stages
+from mobiquant_jax.calibration.flops import epoch_flops
 from mobiquant_jax.calibration.linears import (
     NestedLinear,
     Params,
@@ -47,12 +48,14 @@ class BlockReport:
         after: the same of the parameters kept.
         bits: average bits the routers used, over the budgets.
         note: why training stopped early or fell back, or "".
+        flops: floating-point operations of the training steps; see `flops.epoch_flops`.
     """
 
     before: float
     after: float
     bits: float
     note: str
+    flops: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +115,7 @@ class BlockTrainer:
         streams = (quantized, target, put_whole(self.samples.window))
         evaluate = partial(self._evaluate, streams=streams)
         before, bits = evaluate(params)
-        best, best_error, note = params, before, ""
+        best, best_error, note, flops = params, before, "", 0.0
         for stage in stages(cal):
             step_count = stage.epochs * self._steps_per_epoch
             optimizer_state = self._init_optimizer[stage](params)
@@ -126,6 +129,7 @@ class BlockTrainer:
                         params, optimizer_state, dense, streams, plan
                     )
                 error, used = evaluate(params)
+                flops += self._epoch_flops(stage)
                 on_epoch(stage.name, epoch + 1, stage.epochs, error)
                 if not bool(healthy) or not math.isfinite(error):
                     note = f"non-finite loss in epoch {epoch + 1} of stage '{stage.name}': kept the best step before it"
@@ -137,7 +141,7 @@ class BlockTrainer:
                     break
             if note:
                 break
-        return best, BlockReport(before=before, after=best_error, bits=bits, note=note)
+        return best, BlockReport(before=before, after=best_error, bits=bits, note=note, flops=flops)
 
     @cached_property
     def pack(self) -> Callable[[Params], Params]:
@@ -236,6 +240,16 @@ class BlockTrainer:
     @cached_property
     def _copy(self) -> Callable[[Params], Params]:
         return jax.jit(lambda params: jax.tree.map(jnp.copy, params), out_shardings=self._param_shardings)
+
+    def _epoch_flops(self, stage: Stage) -> float:
+        return epoch_flops(
+            self.config,
+            stage,
+            windows=len(self.samples.window),
+            length=self.calibration.window_length,
+            slices=len(self.elastic.slice_bits),
+            follows=self.calibration.propagated_weight > 0,
+        )
 
     @property
     def _steps_per_epoch(self) -> int:

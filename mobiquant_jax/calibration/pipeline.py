@@ -1,12 +1,14 @@
 """Calibration of a whole model, block by block, over a full-precision and a quantized activation stream.
 
 All of it lies on one mesh. The streams are split over its batch axes: a device, and so a process, holds and computes
-its own windows. Both streams stay in the devices' memory, beside one block and its optimizer.
+its own windows. In the devices' memory are both streams, one block and its optimizer, and the next block's weights,
+which are read while this one trains.
 
 Order on ``resume``: the folder's blocks are read instead of trained, all but those that are damaged; streams are
 recomputed through them, so a resumed run continues with the very numbers of an uninterrupted one.
 """
 
+import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,10 +28,12 @@ from mobiquant_jax.calibration.config import CalibrationConfig
 from mobiquant_jax.calibration.end_to_end import EndToEndTrainer
 from mobiquant_jax.calibration.generated import write_windows
 from mobiquant_jax.calibration.linears import Params
+from mobiquant_jax.calibration.read_ahead import read_ahead
 from mobiquant_jax.calibration.run_dir import RunDir
 from mobiquant_jax.calibration.samples import Samples
 from mobiquant_jax.calibration.stacking import stack_blocks
 from mobiquant_jax.calibration.thresholds import record_thresholds
+from mobiquant_jax.io import layer
 from mobiquant_jax.io.checkpoint import DamagedTree, load_tree, save_tree
 from mobiquant_jax.models import Llama, LlamaConfig
 from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel, Variables
@@ -72,6 +76,7 @@ class Calibrator:
         run: where finished blocks go.
         observer: is told of progress.
         mesh: the devices.
+        profile_block: number of a block, from 0, whose training is traced into the run's folder; None for none.
     """
 
     config: LlamaConfig
@@ -80,6 +85,7 @@ class Calibrator:
     run: RunDir
     observer: Observer
     mesh: Mesh = field(default_factory=one_device)
+    profile_block: int | None = None
 
     @cached_property
     def placement(self) -> Placement:
@@ -129,8 +135,11 @@ class Calibrator:
         self.observer.on_start(self.config.num_hidden_layers, done)
         full = self._embed(params, windows)
         quantized = self._embed(params, windows[trainer.samples.window])
-        for index in range(self.config.num_hidden_layers):
-            dense = self.placement.put(jax.tree.map(lambda leaf, index=index: leaf[index], params["layers"]))
+
+        def read(index: int) -> Params:
+            return self.placement.put(jax.tree.map(lambda leaf: layer(leaf, index), params["layers"]))
+
+        for index, dense in enumerate(read_ahead(read, self.config.num_hidden_layers)):
             target = trainer.dense_block(dense, full)
             trained = self._load(self.run.block(index), trainer.abstract_trained)
             if trained is None:
@@ -168,7 +177,9 @@ class Calibrator:
         def on_epoch(stage: str, epoch: int, epochs: int, error: float) -> None:
             self.observer.on_epoch(index, stage, epoch, epochs, error)
 
-        trained, report = trainer.train(dense, quantized, target, index, on_epoch)
+        traced = index == self.profile_block
+        with jax.profiler.trace(str(self.run.profile)) if traced else contextlib.nullcontext():
+            trained, report = trainer.train(dense, quantized, target, index, on_epoch)
         save_tree(self.run.block(index), trained)
         seconds = time.perf_counter() - start
         self.run.log(
@@ -178,6 +189,7 @@ class Calibrator:
                 "after": report.after,
                 "bits": report.bits,
                 "seconds": round(seconds, 3),
+                "flops": report.flops,
                 "note": report.note,
             }
         )

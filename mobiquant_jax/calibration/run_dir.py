@@ -8,6 +8,7 @@ generated.npy  windows that the unquantized model wrote, where the recipe wants 
 blocks/NNN/    each finished block, until the checkpoint is complete
 tuned/NNN/     the last saved state of end-to-end tuning, until then too
 metrics.jsonl  a line a block
+profile/       the trace of a block, where one was asked for
 checkpoint/    the elastic checkpoint
 """
 
@@ -61,6 +62,11 @@ class RunDir:
         unfinished = self.generated.with_suffix(".unfinished.npy")
         np.save(unfinished, windows)
         unfinished.rename(self.generated)
+
+    @property
+    def profile(self) -> Path:
+        """Traces of `jax.profiler`."""
+        return self.path / "profile"
 
     def tuned(self, epochs: int) -> Path:
         """The folder of the state after so many epochs of end-to-end tuning."""

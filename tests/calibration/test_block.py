@@ -195,6 +195,15 @@ def test_an_error_that_rises_ends_training_at_the_best_step(trainer, inputs, den
     assert report.note.startswith("non-finite loss in epoch 1") and report.after == 1.0
 
 
+def test_nothing_comes_from_the_host_inside_an_epoch(trainer, inputs, dense, monkeypatch):
+    def careless(self, stage):
+        return lambda params, state, dense, streams, plan: (params, state, streams[0][0, 0, 0] + np.float32(1) > 0)
+
+    monkeypatch.setattr(BlockTrainer, "epoch_fn", careless)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
+        trainer.train(dense, *inputs, 0)
+
+
 @pytest.mark.parametrize(
     ("routing", "loss", "scalar", "policy"),
     [

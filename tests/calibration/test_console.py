@@ -55,3 +55,10 @@ def test_a_terminal_sees_epochs_and_budgets(capsys, monkeypatch):
 def test_a_resume_with_nothing_left_to_train(capsys):
     ConsoleObserver().on_start(5, resumed=5)
     assert capsys.readouterr().out == "5 of 5 blocks are on disk already; none is left to train\n"
+
+
+def test_the_share_of_the_peak_that_training_reached(capsys):
+    observer = ConsoleObserver(peak_flops=4e12)
+    observer.on_start(1, resumed=0)
+    observer.on_block(0, BlockReport(before=0.5, after=0.25, bits=4.0, note="", flops=2e12), 2.0)
+    assert "  2.0 s  MFU 25.0%  |  " in capsys.readouterr().out

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -103,17 +102,17 @@ def assert_alike(run, variables, wanted_run, wanted):
         np.testing.assert_allclose(other, leaf, rtol=1e-5, atol=1e-5, err_msg=jax.tree_util.keystr(path))
 
 
-def test_eight_devices_and_a_run_that_continues_on_one(on_one, calibrate, runs):
-    class CopyingObserver(ConsoleObserver):
-        """Keeps what a run leaves that is killed after its first block."""
+def test_a_run_that_ends_on_eight_devices_continues_on_one(on_one, calibrate, runs):
+    """The first block is trained on eight, all else on one; end-to-end tuning on a mesh is the next test's."""
 
+    class EndingObserver(ConsoleObserver):
         def on_block(self, block, report, seconds):
-            if block == 0:
-                shutil.copytree(runs / "eight", runs / "killed")
+            raise KeyboardInterrupt
 
-    assert_alike(runs / "eight", calibrate("eight", SHAPE, CopyingObserver()), runs / "one", on_one)
-    assert [entry.name for entry in (runs / "killed" / "blocks").iterdir()] == ["000"]
-    assert_alike(runs / "killed", calibrate("killed", dict(data=1, fsdp=1, model=1)), runs / "one", on_one)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate("moved", SHAPE, EndingObserver())
+    assert [entry.name for entry in (runs / "moved" / "blocks").iterdir()] == ["000"]
+    assert_alike(runs / "moved", calibrate("moved", dict(data=1, fsdp=1, model=1)), runs / "one", on_one)
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +146,7 @@ def test_two_processes_of_four_devices(on_one, runs, arguments):
         port = found.getsockname()[1]
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4")
     sizes = [f"mesh.{axis}={size}" for axis, size in SHAPE.items()]
-    job = [*arguments(runs / "two", *sizes), f"--coordinator=localhost:{port}", "--processes=2"]
+    job = [*arguments(runs / "two", *sizes), "--profile_block=2", f"--coordinator=localhost:{port}", "--processes=2"]
     both = [
         subprocess.Popen(
             [sys.executable, "experiments/calibrate.py", *job, f"--process={process}"],
@@ -165,8 +164,9 @@ def test_two_processes_of_four_devices(on_one, runs, arguments):
     (first, _), (second, _) = said
     assert "block  2/2" in first and "checkpoint:" in first
     assert "block" not in second and "checkpoint" not in second  # the collectives print lines of their own
-    files = ["checkpoint", "curve.json", "curve.png", "metrics.jsonl", "result.json", "run.json"]
+    files = ["checkpoint", "curve.json", "curve.png", "metrics.jsonl", "profile", "result.json", "run.json"]
     assert sorted(entry.name for entry in (runs / "two").iterdir()) == files
+    assert list((runs / "two" / "profile").rglob("*.xplane.pb"))
     assert json.loads((runs / "two" / "run.json").read_text())["mesh"] == SHAPE
 
 

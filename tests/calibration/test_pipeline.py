@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mobiquant_jax.calibration import BlockReport, BlockTrainer, Calibrator, RunDir
+from mobiquant_jax.calibration import BlockReport, BlockTrainer, Calibrator, RunDir, pipeline
 from mobiquant_jax.calibration.end_to_end import EndToEndTrainer
 from mobiquant_jax.calibration.linears import trainable
 from mobiquant_jax.io.checkpoint import abstract_variables
@@ -165,8 +165,9 @@ def test_windows_and_sizes_that_do_not_fit_are_named_before_anything_is_written(
     assert not trained and not list(calibrator("run", Recorder()).run.path.iterdir())
 
 
-def test_a_damaged_block_is_named_and_trained_again(calibrator, trained, params, windows):
+def test_a_damaged_block_is_named_and_trained_again(calibrator, trained, params, windows, monkeypatch):
     """One bit of the first block; the second one stays as it is."""
+    monkeypatch.setattr(pipeline, "record_thresholds", lambda model, *more: model.variables)
     with pytest.raises(KeyboardInterrupt):
         calibrator("run", Recorder(stop_after=1)).calibrate(params, windows)
     damaged = calibrator("run", observer := Recorder())
@@ -197,6 +198,7 @@ def test_a_full_disk_ends_the_run_with_what_was_saved(calibrator, trained, param
         return SimpleNamespace(free=0 if list(trained) == [0, 1] else 10**9)
 
     monkeypatch.setattr(shutil, "disk_usage", full)
+    monkeypatch.setattr(pipeline, "record_thresholds", lambda model, *more: model.variables)
     run = calibrator("run", Recorder())
     with pytest.raises(OSError, match="no space left"):
         run.calibrate(params, windows)
@@ -210,6 +212,7 @@ def test_a_full_disk_ends_the_run_with_what_was_saved(calibrator, trained, param
 def test_a_damaged_state_of_tuning_is_computed_again(calibrator, trained, params, windows, monkeypatch):
     monkeypatch.setattr(EndToEndTrainer, "epoch", lambda self, state, dense, index: (state, 0.5 + index, True))
     changes = dict(end_nested_epochs=2, end_save_seconds=0.0)
+    monkeypatch.setattr(pipeline, "record_thresholds", lambda model, *more: model.variables)
     first = calibrator("run", Recorder(), **changes)
     wanted = first.calibrate(params, windows)
     largest = max((f for f in first.run.tuned(2).rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)

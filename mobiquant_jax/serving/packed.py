@@ -11,16 +11,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int
 
-from mobiquant_jax.models.attention import attention
 from mobiquant_jax.models.config import LlamaConfig
 from mobiquant_jax.models.elastic import ElasticModel
-from mobiquant_jax.models.kv_cache import KVCache, LayerCache
+from mobiquant_jax.models.kv_cache import KVCache
 from mobiquant_jax.models.layers import project, rms_norm
-from mobiquant_jax.models.rope import apply_rope, inverse_frequencies
+from mobiquant_jax.serving.attention import attend
 from mobiquant_jax.serving.site import Site, SiteOutput, fuse_site
 from mobiquant_jax.serving.source import Gated, Normed, Plain, Source, sum_parts
 
@@ -94,7 +92,7 @@ class PackedModel:
         def layer(index: Any, carry: Carry) -> Carry:
             x, update, cache, read = carry
             qkv = site("qkv", Normed(x=x, update=update, gain=variables.attention_norm, eps=cfg.rms_norm_eps), index)
-            mixed, cache = self._attention(qkv.parts, positions, cache, index)
+            mixed, cache = attend(cfg, qkv.parts, positions, cache, index, self.dtype)
             o = site("o", Plain(x=mixed), index)
             norm = Normed(x=qkv.residual, update=o.parts, gain=variables.mlp_norm, eps=cfg.rms_norm_eps)
             gate_up = site("gate_up", norm, index)
@@ -115,27 +113,6 @@ class PackedModel:
 
     def _over_layers(self, layer: Callable[[Any, Carry], Carry], start: Carry) -> Carry:
         return jax.lax.fori_loop(0, self.config.num_hidden_layers, layer, start)
-
-    def _attention(
-        self, parts: Float[Array, "P B T qkv"], positions: Array, cache: KVCache, index: Array
-    ) -> tuple[Float[Array, "B T D"], KVCache]:
-        cfg = self.config
-        ends = np.cumsum([cfg.num_attention_heads, cfg.num_key_value_heads]) * cfg.head_dim
-        qkv = jnp.split(sum_parts(parts, self.dtype), ends, axis=-1)
-        q, k, v = (y.reshape(*y.shape[:2], -1, cfg.head_dim) for y in qkv)
-        frequencies = inverse_frequencies(cfg)
-        q, k = apply_rope(q, positions, frequencies), apply_rope(k, positions, frequencies)
-        rows = jnp.arange(q.shape[0])[:, None]
-        # The whole cache is carried and written in place: as scanned slices it would be copied once a token.
-        cache = KVCache(
-            k=cache.k.at[index, rows, positions].set(k.astype(cache.k.dtype), mode="drop"),
-            v=cache.v.at[index, rows, positions].set(v.astype(cache.v.dtype), mode="drop"),
-            length=cache.length,
-        )
-        mine = LayerCache(k=cache.k[index], v=cache.v[index])
-        slots = jnp.arange(cache.k.shape[2])[None]
-        mixed = attention(q, mine.k.astype(q.dtype), mine.v.astype(q.dtype), positions, slots)
-        return mixed.reshape(*q.shape[:2], -1), cache
 
 
 def prepare(model: ElasticModel, dtype: DTypeLike = jnp.bfloat16) -> PackedModel:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from mobiquant_jax.ops.sliced_matmul import build, gpu
+from mobiquant_jax.ops.sliced_matmul import gpu
 from mobiquant_jax.ops.sliced_matmul.layout import TILE_OUTPUTS, TILED_LAYOUT_VERSION, TiledWeight
 from mobiquant_jax.routing import FusedRouter
 
@@ -67,7 +67,7 @@ def routed_matmul(
     """
     tokens = thresholds.shape[-1]
     check_supported(tokens, weight, router)
-    targets = build.register(gpu.groups_per_block(weight))
+    targets = gpu.ffi_targets(gpu.groups_per_block(weight))
     _, tiles, blocks = weight.planes[0].shape[:3]
     inputs, splits = weight.in_features, gpu.decode_splits(tokens, tiles, blocks)
     nothing = jnp.zeros(0, jnp.float32)
@@ -110,6 +110,7 @@ def check_supported(tokens: int, weight: TiledWeight, router: FusedRouter) -> No
         raise NotImplementedError(f"the routed CUDA kernel takes routers of {_WIDTHS} units, not {width} of {inputs}")
     if _shared_bytes(tokens, inputs, width) > _SHARED_BYTES:
         raise NotImplementedError(f"{tokens} tokens of {inputs} inputs exceed a thread block's shared memory")
+    gpu.ffi_targets(gpu.groups_per_block(weight))
 
 
 def _shared_bytes(tokens: int, inputs: int, width: int) -> int:

@@ -26,8 +26,11 @@ class FixedDepth:
 
     linears: int = dataclasses.field(metadata={"static": True})
 
-    def depths(self, x: Any, bits: Any, layer: Any) -> Any:
-        """See `SiteRouter`."""
+    def thresholds_at(self, bits: Any) -> None:
+        """None. See `FusedRouter`."""
+
+    def depths(self, x: Any, thresholds: None, layer: Any) -> Any:
+        """See `FusedRouter`."""
         return jnp.ones((self.linears, *x.shape[:2]), jnp.int32)
 
 

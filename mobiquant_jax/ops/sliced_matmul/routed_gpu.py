@@ -87,7 +87,7 @@ def routed_matmul(
         router.output,
         router.output_bias,
         thresholds,
-        layer.astype(jnp.int32),
+        jnp.asarray(layer, jnp.int32),
         weight.affine,
         *weight.planes,
         source=np.int64(_SOURCES[source]),

@@ -20,6 +20,7 @@ from mobiquant_jax.models.elastic import ElasticModel
 from mobiquant_jax.models.kv_cache import KVCache, LayerCache
 from mobiquant_jax.models.layers import project, rms_norm, swiglu
 from mobiquant_jax.models.rope import apply_rope, inverse_frequencies
+from mobiquant_jax.ops import Implementation
 from mobiquant_jax.serving.site import Site, fuse_site
 
 Carry = tuple[Array, KVCache, Array]  # residual stream, cache, weight bits read by each token
@@ -128,12 +129,15 @@ class PackedModel:
         return out, cache, read + out_read
 
 
-def prepare(model: ElasticModel, dtype: DTypeLike = jnp.bfloat16) -> PackedModel:
+def prepare(
+    model: ElasticModel, dtype: DTypeLike = jnp.bfloat16, implementation: Implementation | None = None
+) -> PackedModel:
     """Repacks a calibrated model for serving, on the device it is on.
 
     Args:
         model: an elastic model. Its arrays stay as they are; drop it to free them.
         dtype: type of the activations, the embedding, the head and the routers' first layers.
+        implementation: of the elastic matmul, which also chooses the weights' layout; the platform's if None.
 
     Raises:
         ValueError: the model is not elastic, or its weights have no serving layout.
@@ -148,12 +152,12 @@ def prepare(model: ElasticModel, dtype: DTypeLike = jnp.bfloat16) -> PackedModel
         final_norm=params["final_norm"]["scale"],
         attention_norm=params["layers"]["attention_norm"]["scale"],
         mlp_norm=params["layers"]["mlp_norm"]["scale"],
-        sites={name: _site(model, paths, dtype) for name, paths in SITES.items()},
+        sites={name: _site(model, paths, dtype, implementation) for name, paths in SITES.items()},
     )
     return PackedModel(config=model.config, variables=arrays, dtype=dtype)
 
 
-def _site(model: ElasticModel, paths: tuple[str, ...], dtype: DTypeLike) -> Site:
+def _site(model: ElasticModel, paths: tuple[str, ...], dtype: DTypeLike, implementation: Implementation | None) -> Site:
     assert model.elastic is not None
 
     def leaves(collection: str, name: str) -> list[Any]:
@@ -169,6 +173,7 @@ def _site(model: ElasticModel, paths: tuple[str, ...], dtype: DTypeLike) -> Site
         leaves("routing", "thresholds"),
         model.elastic.budget_grid,
         dtype,
+        implementation,
     )
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from mobiquant_jax.ops import TiledWeight, sliced_matmul, tile_weight
+from mobiquant_jax.ops import Implementation, StackedWeight, TiledWeight, serving_weight, sliced_matmul
 from mobiquant_jax.quant import SlicedWeight
 from mobiquant_jax.routing import Router, lookup
 
@@ -67,12 +67,14 @@ class Site:
     """Fused linears of every layer.
 
     Attributes:
-        weight: the kernels, in the serving layout.
+        weight: the kernels, in a serving layout.
         router: decides each token's depth in each linear.
+        implementation: of the elastic matmul; the platform's if None.
     """
 
-    weight: TiledWeight
+    weight: TiledWeight | StackedWeight
     router: SiteRouter
+    implementation: Implementation | None = field(default=None, metadata={"static": True})
 
     def __call__(
         self, x: Float[Array, "B T in"], bits: Float[Array, " B"], layer: Int[Array, ""], dtype: DTypeLike
@@ -89,7 +91,9 @@ class Site:
             The outputs of each linear, and the weight bits each token read in all of them.
         """
         depths = self.router.depths(x, bits, layer)
-        y = sliced_matmul(x.astype(dtype), self.weight, depths, layer=layer, dtype=dtype)
+        y = sliced_matmul(
+            x.astype(dtype), self.weight, depths, layer=layer, dtype=dtype, implementation=self.implementation
+        )
         ends = [sum(self.weight.segments[: i + 1]) for i in range(len(self.weight.segments) - 1)]
         read = 2.0 * self.weight.in_features * jnp.tensordot(jnp.asarray(self.weight.segments, jnp.float32), depths, 1)
         return jnp.split(y, ends, axis=-1), read
@@ -101,6 +105,7 @@ def fuse_site(
     tables: Sequence[Float[Array, "L grid"]],
     grid: tuple[float, ...],
     dtype: DTypeLike,
+    implementation: Implementation | None = None,
 ) -> Site:
     """Makes a site of linears that share their input.
 
@@ -110,12 +115,14 @@ def fuse_site(
         tables: each linear's thresholds.
         grid: average bits of the thresholds.
         dtype: type of the routers' first layers.
+        implementation: of the elastic matmul, which also chooses the weights' layout; the platform's if None.
 
     Raises:
         ValueError: the weights cannot be fused.
     """
     return Site(
-        weight=tile_weight(weights),
+        weight=serving_weight(weights, implementation),
+        implementation=implementation,
         router=SiteRouter(
             hidden=jnp.concatenate([router.hidden for router in routers], axis=-1).astype(dtype),
             magnitude=jnp.stack([router.magnitude for router in routers], axis=1),

@@ -13,7 +13,7 @@ from mobiquant_jax.ops import TiledWeight
 from mobiquant_jax.ops.sliced_matmul.layout import (
     BLOCK_INPUTS,
     TILE_OUTPUTS,
-    TILED_SLICE_BITS,
+    check_served_slices,
     check_tileable_group,
 )
 from mobiquant_jax.routing import FusedRouter, Router, score, threshold_for_bits
@@ -46,8 +46,7 @@ def random_packed(
 
 def check_packable(config: LlamaConfig, elastic: ElasticConfig) -> None:
     """Raises ValueError unless weights of these shapes can be drawn in the serving layout."""
-    if elastic.slice_bits != TILED_SLICE_BITS:
-        raise ValueError(f"slice bits {elastic.slice_bits} have no serving layout, only {TILED_SLICE_BITS}")
+    check_served_slices(elastic.slice_bits)
     check_tileable_group(elastic.group_size)
     for path, (inputs, outputs) in config.linear_shapes().items():
         if inputs % BLOCK_INPUTS or outputs % TILE_OUTPUTS or inputs % elastic.group_size:

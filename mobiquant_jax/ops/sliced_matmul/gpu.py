@@ -20,7 +20,7 @@ from mobiquant_jax.ops.sliced_matmul.layout import BLOCK_INPUTS, TILE_OUTPUTS, T
 
 DECODE_TOKENS = 16
 SOURCE = Path(compiler.__file__).parent / "cuda" / "sliced_matmul.cu"
-_HANDLERS = {"decode": "SlicedMatmulDecode", "prefill": "SlicedMatmulPrefill", "routed": "SlicedMatmulRouted"}
+_HANDLERS = {"decode": "SlicedMatmulDecode", "prefill": "SlicedMatmulPrefill"}
 _SHARED_BYTES = 96 * 1024  # of a thread block's shared memory for x; the rest holds weights on their way
 _PROCESSORS = 132
 _TILE_TOKENS, _WIDTHS, _MOST_SEGMENTS, _MOST_TOKENS = 256, 4, 4, 65535  # of cuda/prefill.cuh
@@ -64,7 +64,7 @@ def sliced_matmul(
         plan = jax.ShapeDtypeStruct((plan_integers(tokens),), jnp.int32)
         y, _ = jax.ffi.ffi_call(targets["prefill"], (out, plan))(*operands, **attributes)
         y = y.astype(dtype)
-    return without_padding(y, weight)
+    return _without_padding(y, weight)
 
 
 def check_supported(x: Float[Array, "N in"], weight: TiledWeight) -> None:
@@ -107,7 +107,7 @@ def ffi_targets(groups: int) -> dict[str, str]:
         groups: groups in a block of 128 inputs: 1, 2 or 4.
 
     Returns:
-        The FFI targets ``decode``, ``prefill`` and ``routed``.
+        The FFI targets ``decode`` and ``prefill``.
 
     Raises:
         NotImplementedError: no compiler, or it failed.
@@ -123,10 +123,9 @@ def groups_per_block(weight: TiledWeight) -> int:
     return BLOCK_INPUTS // min(weight.group_size, BLOCK_INPUTS)
 
 
-def without_padding(y: Float[Array, "*batch padded"], weight: TiledWeight) -> Float[Array, "*batch out"]:
-    """Leaves out the outputs that fill each segment's last tile."""
+def _without_padding(y: Float[Array, "N padded"], weight: TiledWeight) -> Float[Array, "N out"]:
     if all(outputs % TILE_OUTPUTS == 0 for outputs in weight.segments):
         return y
     starts = np.cumsum([0, *weight.segment_tiles]) * TILE_OUTPUTS
-    parts = [y[..., start : start + outputs] for start, outputs in zip(starts, weight.segments, strict=False)]
-    return jnp.concatenate(parts, axis=-1)
+    parts = [y[:, start : start + outputs] for start, outputs in zip(starts, weight.segments, strict=False)]
+    return jnp.concatenate(parts, axis=1)

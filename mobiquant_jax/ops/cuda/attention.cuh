@@ -33,14 +33,14 @@ struct AttentionArgs {
 // Of one kv head: G query heads of SIZE numbers each.
 template <int G, int SIZE>
 struct AttentionShared {
-  static constexpr int kLanes = SIZE / 8;                // of one key
+  static constexpr int kLanes = SIZE / 8;                         // of one key
   static constexpr int kReaders = kAttentionWarps * 32 / kLanes;  // keys at a time
   float query[G][SIZE];
   float key[SIZE], value[SIZE];  // of the new token
-  float most[kReaders][G], sum[kReaders][G];
-  float mixed[kReaders][G][SIZE];
-  float rank_most[kMostRanks][G], rank_sum[kMostRanks][G];
-  float rank_mixed[kMostRanks][G][SIZE];
+  float2 warp[kAttentionWarps][G];  // maximum and sum
+  float warp_mixed[kAttentionWarps][G][SIZE];
+  float2 rank[kMostRanks][G];         // of every block of the cluster
+  float rank_mixed[G * SIZE];         // [ranks, this block's share of the results]
 };
 
 // The running softmax of G heads over the keys one reader has seen, eight numbers of each value a lane.
@@ -57,6 +57,20 @@ struct Softmax {
       sum[g] = fmaf(sum[g], kept, weight);
 #pragma unroll
       for (int j = 0; j < 8; ++j) mixed[g][j] = fmaf(mixed[g][j], kept, weight * value[j]);
+    }
+  }
+
+  // Takes in what the lane `step` away has seen.
+  __device__ __forceinline__ void merge_lane(int step) {
+#pragma unroll
+    for (int g = 0; g < G; ++g) {
+      const float other = __shfl_xor_sync(~0u, most[g], step), top = fmaxf(most[g], other);
+      const float kept = exp2f(most[g] - top), weight = exp2f(other - top);
+      most[g] = top;
+      sum[g] = fmaf(sum[g], kept, weight * __shfl_xor_sync(~0u, sum[g], step));
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+        mixed[g][j] = fmaf(mixed[g][j], kept, weight * __shfl_xor_sync(~0u, mixed[g][j], step));
     }
   }
 };
@@ -90,7 +104,6 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_kernel(const __gr
       values[k] = *reinterpret_cast<const uint4*>(args.value + from);
     }
   };
-  load(begin);
   wait_for_previous();
 
   // The new token's query heads, key and value; the first block also keeps the latter two.
@@ -156,7 +169,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_kernel(const __gr
     if (visible) softmax.add(score, value);
   };
   for (int slot = begin; slot < end; slot += kReaders * kAhead) {
-    if (slot > begin) load(slot);
+    load(slot);
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
       float key[8], value[8];
@@ -173,42 +186,48 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_kernel(const __gr
   }
 
 #pragma unroll
-  for (int g = 0; g < G; ++g) {
-    if (lane == 0) shared.most[reader][g] = softmax.most[g], shared.sum[reader][g] = softmax.sum[g];
+  for (int step = kLanes; step < 32; step *= 2) softmax.merge_lane(step);
+  const int warp = threadIdx.x / 32;
+  if (threadIdx.x % 32 < kLanes) {
 #pragma unroll
-    for (int j = 0; j < 8; ++j) shared.mixed[reader][g][lane * 8 + j] = softmax.mixed[g][j];
+    for (int g = 0; g < G; ++g) {
+      if (lane == 0) shared.warp[warp][g] = make_float2(softmax.most[g], softmax.sum[g]);
+      float4* const to = reinterpret_cast<float4*>(&shared.warp_mixed[warp][g][lane * 8]);
+      to[0] = make_float4(softmax.mixed[g][0], softmax.mixed[g][1], softmax.mixed[g][2], softmax.mixed[g][3]);
+      to[1] = make_float4(softmax.mixed[g][4], softmax.mixed[g][5], softmax.mixed[g][6], softmax.mixed[g][7]);
+    }
   }
   __syncthreads();
   cluster_wait();
+  // Each block of the cluster finishes a share of the results.
+  const int part = G * SIZE / args.ranks;
   for (int item = threadIdx.x; item < G * SIZE; item += kAttentionThreads) {
     const int g = item / SIZE, i = item % SIZE;
     float most = -1e30f, sum = 0.0f, mixed = 0.0f;
-    for (int r = 0; r < kReaders; ++r) most = fmaxf(most, shared.most[r][g]);
-    for (int r = 0; r < kReaders; ++r) {
-      const float kept = exp2f(shared.most[r][g] - most);
-      sum = fmaf(kept, shared.sum[r][g], sum);
-      mixed = fmaf(kept, shared.mixed[r][g][i], mixed);
+#pragma unroll
+    for (int w = 0; w < kAttentionWarps; ++w) most = fmaxf(most, shared.warp[w][g].x);
+#pragma unroll
+    for (int w = 0; w < kAttentionWarps; ++w) {
+      const float kept = exp2f(shared.warp[w][g].x - most);
+      sum = fmaf(kept, shared.warp[w][g].y, sum);
+      mixed = fmaf(kept, shared.warp_mixed[w][g][i], mixed);
     }
-    store_cluster4(shared_address(&shared.rank_mixed[rank][g][i]), 0, mixed);
-    if (i == 0) {
-      store_cluster4(shared_address(&shared.rank_most[rank][g]), 0, most);
-      store_cluster4(shared_address(&shared.rank_sum[rank][g]), 0, sum);
-    }
+    store_cluster4(shared_address(&shared.rank_mixed[rank * part + item % part]), item / part, mixed);
+    if (i < args.ranks) store_cluster8(shared_address(&shared.rank[rank][g]), i, make_float2(most, sum));
   }
   cluster_arrive();
   cluster_wait();
-  if (rank > 0) return;
-  for (int item = threadIdx.x; item < G * SIZE; item += kAttentionThreads) {
-    const int g = item / SIZE, i = item % SIZE;
+  for (int item = threadIdx.x; item < part; item += kAttentionThreads) {
+    const int g = (rank * part + item) / SIZE;
     float most = -1e30f, sum = 0.0f, mixed = 0.0f;
-    for (int r = 0; r < args.ranks; ++r) most = fmaxf(most, shared.rank_most[r][g]);
+    for (int r = 0; r < args.ranks; ++r) most = fmaxf(most, shared.rank[r][g].x);
     for (int r = 0; r < args.ranks; ++r) {
-      const float kept = exp2f(shared.rank_most[r][g] - most);
-      sum = fmaf(kept, shared.rank_sum[r][g], sum);
-      mixed = fmaf(kept, shared.rank_mixed[r][g][i], mixed);
+      const float kept = exp2f(shared.rank[r][g].x - most);
+      sum = fmaf(kept, shared.rank[r][g].y, sum);
+      mixed = fmaf(kept, shared.rank_mixed[r * part + item], mixed);
     }
-    args.out[(static_cast<size_t>(row) * args.kv_heads * G + head * G + g) * SIZE + i] =
-        __float2bfloat16_rn(mixed / sum);
+    const size_t to = (static_cast<size_t>(row) * args.kv_heads + head) * G * SIZE + rank * part + item;
+    args.out[to] = __float2bfloat16_rn(mixed / sum);
   }
 }
 

@@ -31,6 +31,8 @@ inline ffi::Error describe(Weights& weights, Segments& segments, const Words& af
   return ffi::Error::Success();
 }
 
+constexpr int kMoreThanHalf = 117 * 1024;  // bytes of shared memory
+
 template <int NT>
 cudaError_t launch_decode(cudaStream_t stream, DecodeArgs args, int splits, bool early) {
   constexpr int kWarps = 16, kSlots = kGroups == 4 ? 6 : 8;
@@ -38,7 +40,9 @@ cudaError_t launch_decode(cudaStream_t stream, DecodeArgs args, int splits, bool
   const auto kernel = decode_kernel<NT, kGroups, kWarps, kSlots>;
   args.split_blocks = (args.weights.blocks + splits - 1) / splits;
   args.reduced_tiles = reduced_tiles(kWarps, args.tokens);
-  const int shared = Shape::total(args.tokens, args.split_blocks);
+  // More than half a processor's, or two thread blocks could share one processor while another, that is still busy with
+  // the kernel before, gets none.
+  const int shared = std::max(Shape::total(args.tokens, args.split_blocks), kMoreThanHalf);
   const int walkers = std::max(1, std::min(args.weights.tiles, processors() / splits));
   return launch(kernel, dim3(walkers, splits), Shape::kThreads, shared, stream, 1, early, args);
 }

@@ -22,7 +22,7 @@ from mobiquant_jax.routing import FusedRouter
 
 SOURCE = Path(compiler.__file__).parent / "cuda" / "decode_layers.cu"
 _WIDTHS = (8, 16, 32, 64)  # hidden units of a router
-_RANKS, _WARPS, _SCORES = 16, 8, 3  # of cuda/route.cuh
+_RANKS, _TOKENS, _WARPS, _SCORES = 16, 2, 8, 3  # of cuda/route.cuh
 _SHARED_BYTES = 227 * 1024
 _ENDS = ("qkv_ends", "o_ends", "gate_up_ends", "down_ends")
 
@@ -125,8 +125,8 @@ def check_supported(batch: int, key: Float[Array, "L B S Hkv hd"], sites: Sequen
             raise NotImplementedError(f"the CUDA decode step has no router of {width} units on {inputs} inputs")
         if any(outputs % TILE_OUTPUTS for outputs in site.weight.segments):
             raise NotImplementedError(f"the CUDA decode step takes no linears of {site.weight.segments} outputs")
-        if _shared_bytes(batch, inputs, width) > _SHARED_BYTES:
-            raise NotImplementedError(f"{batch} tokens of {inputs} inputs exceed a thread block's shared memory")
+        if _shared_bytes(inputs, width) > _SHARED_BYTES:
+            raise NotImplementedError(f"routers of {inputs} inputs exceed a thread block's shared memory")
     _register(gpu.groups_per_block(sites[0].weight))
 
 
@@ -146,11 +146,11 @@ def _ends(site: RoutedLinears) -> np.ndarray:
     return np.cumsum(np.array(site.weight.segment_tiles, np.int64))
 
 
-def _shared_bytes(tokens: int, inputs: int, width: int) -> int:
+def _shared_bytes(inputs: int, width: int) -> int:
     """``RouteShape::total`` of cuda/route.cuh."""
     share = -(-inputs // (8 * _RANKS)) * 8
-    router = 4 * (width * (2 + _SCORES) + _SCORES + tokens)
-    return 4 * share + router + tokens * (5 * share + 4 * (_WARPS + _RANKS) * width + 8 * _RANKS)
+    router = 4 * (width * (2 + _SCORES) + _SCORES + _TOKENS)
+    return 4 * share + router + _TOKENS * (5 * share + 4 * (_WARPS + _RANKS) * width + 8 * _RANKS)
 
 
 @functools.cache

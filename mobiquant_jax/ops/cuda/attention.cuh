@@ -76,7 +76,7 @@ struct Softmax {
 };
 
 template <int G, int SIZE>
-__global__ void __launch_bounds__(kAttentionThreads) attention_kernel(const __grid_constant__ AttentionArgs args) {
+__global__ void __launch_bounds__(kAttentionThreads, G > 4 ? 1 : 2) attention_kernel(const __grid_constant__ AttentionArgs args) {
   using Shared = AttentionShared<G, SIZE>;
   extern __shared__ __align__(16) unsigned char bytes[];
   Shared& shared = *reinterpret_cast<Shared*>(bytes);

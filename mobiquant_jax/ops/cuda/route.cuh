@@ -8,9 +8,9 @@
 //     hidden = silu(u H_s / m + log(m) magnitude_s + bias_s),   score_e = hidden . output_se + bias_se
 //     depth = 1 + how many of score_1, score_2, ... in a row exceed the linear's threshold.
 //
-// One cluster of thread blocks computes one linear's router, each block a part of the inputs; sums meet in the first
-// block's shared memory in a fixed order, so that the same input gives the same depths. The first cluster also writes
-// the input. Nothing here is large: what counts is that it is one launch, and that the product's kernel, launched
+// One cluster of thread blocks computes one linear's router for two tokens, each block a part of the inputs; sums meet
+// in the first block's shared memory in a fixed order, so that the same input gives the same depths. The first linear's
+// clusters also write the input. Nothing here is large: what counts is that it is one launch, and that the product's kernel, launched
 // behind it, already fetches the first slice meanwhile.
 #pragma once
 
@@ -43,6 +43,7 @@ struct RouteArgs {
 };
 
 constexpr int kRouteRanks = 16;  // thread blocks of a cluster
+constexpr int kRouteTokens = 2;  // of a cluster
 constexpr int kRouteThreads = 256;
 constexpr int kRouteWarps = kRouteThreads / 32;
 constexpr int kRouteRows = 8;  // rows of `hidden` a lane holds at once
@@ -113,12 +114,15 @@ __device__ __forceinline__ float2 warp_sum(float2 value) {
   return value;
 }
 
-__global__ void __launch_bounds__(kRouteThreads) route_kernel(const __grid_constant__ RouteArgs args) {
+// Few registers, so that the product's kernel and attention fit beside it: one that waits for room starts late.
+__global__ void __launch_bounds__(kRouteThreads, 3) route_kernel(const __grid_constant__ RouteArgs args) {
   extern __shared__ __align__(16) unsigned char shared[];
   launch_dependents();
   cluster_arrive();  // waited for before the first write to another block
-  const int tokens = args.tokens, inputs = args.inputs, width = args.width;
-  const RouteShape shape(tokens, inputs, width);
+  const int linear = blockIdx.x / kRouteRanks % args.linears, rank = blockIdx.x % kRouteRanks;
+  const int first_token = blockIdx.x / kRouteRanks / args.linears * kRouteTokens;
+  const int tokens = min(args.tokens - first_token, kRouteTokens), inputs = args.inputs, width = args.width;
+  const RouteShape shape(kRouteTokens, inputs, width);
   const auto floats = [&](int at) { return reinterpret_cast<float*>(shared + at); };
   float* const x = floats(shape.x);                // [tokens, share]
   float* const gain = floats(shape.gain);          // [share]
@@ -127,7 +131,6 @@ __global__ void __launch_bounds__(kRouteThreads) route_kernel(const __grid_const
   float* const gathered = floats(shape.gathered);  // [ranks, tokens, width]
   float2* const eights = reinterpret_cast<float2*>(shared + shape.eights);    // [tokens, share / 8]
   float2* const squares = reinterpret_cast<float2*>(shared + shape.squares);  // [ranks, tokens]
-  const int linear = blockIdx.x / kRouteRanks, rank = blockIdx.x % kRouteRanks;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int begin = rank * shape.share, count = max(0, min(shape.share, inputs - begin));
   const bool writes = linear == 0;
@@ -149,13 +152,13 @@ __global__ void __launch_bounds__(kRouteThreads) route_kernel(const __grid_const
   for (int i = threadIdx.x; i < count; i += kRouteThreads) gain[i] = args.source == kNormed ? args.gain[begin + i] : 1.0f;
   if (rank == 0) {
     const auto keep_head = [&](const float* from, int size, int to) {
-      for (int i = threadIdx.x; i < size; i += kRouteThreads) head[to + i] = from[linear * size + i];
+      for (int i = threadIdx.x; i < size; i += kRouteThreads) head[to + i] = from[i];
     };
-    keep_head(args.magnitude, width, 0);
-    keep_head(args.hidden_bias, width, width);
-    keep_head(args.output, width * kScores, 2 * width);
-    keep_head(args.output_bias, kScores, (2 + kScores) * width);
-    keep_head(args.threshold, tokens, (2 + kScores) * width + kScores);
+    keep_head(args.magnitude + linear * width, width, 0);
+    keep_head(args.hidden_bias + linear * width, width, width);
+    keep_head(args.output + linear * width * kScores, width * kScores, 2 * width);
+    keep_head(args.output_bias + linear * kScores, kScores, (2 + kScores) * width);
+    keep_head(args.threshold + linear * args.tokens + first_token, tokens, (2 + kScores) * width + kScores);
   }
   __syncthreads();
   wait_for_previous();
@@ -166,8 +169,8 @@ __global__ void __launch_bounds__(kRouteThreads) route_kernel(const __grid_const
     float values[8] = {};
     float2 square = make_float2(0.0f, 0.0f);  // before the gain and after
     if (at < count) {
-      read_source8(values, args, token, begin + at);
-      const size_t place = static_cast<size_t>(token) * inputs + begin + at;
+      read_source8(values, args, first_token + token, begin + at);
+      const size_t place = static_cast<size_t>(first_token + token) * inputs + begin + at;
       if (writes && args.source == kNormed) *reinterpret_cast<uint4*>(args.residual + place) = pack8(values);
       if (writes && args.source == kGated) *reinterpret_cast<uint4*>(args.input + place) = pack8(values);
 #pragma unroll
@@ -196,16 +199,15 @@ __global__ void __launch_bounds__(kRouteThreads) route_kernel(const __grid_const
 
   for (int row = first_row; row - first_row < count; row += kRouteRows * row_step) {
     if (row != first_row) load_weights(row);
-    float weight[kRouteRows][8];
-#pragma unroll
-    for (int k = 0; k < kRouteRows; ++k) unpack8(weight[k], packed[k]);
     for (int token = 0; token < tokens; ++token) {
       float unit[8] = {};
 #pragma unroll
       for (int k = 0; k < kRouteRows; ++k) {
         const float value = x[token * shape.share + min(row + k * row_step, shape.share - 1)];  // beyond: zero weights
+        float weight[8];
+        unpack8(weight, packed[k]);
 #pragma unroll
-        for (int j = 0; j < 8; ++j) unit[j] = fmaf(value, weight[k][j], unit[j]);
+        for (int j = 0; j < 8; ++j) unit[j] = fmaf(value, weight[j], unit[j]);
       }
       for (int step = row_lanes; step < 32; step *= 2)
 #pragma unroll
@@ -258,7 +260,7 @@ __global__ void __launch_bounds__(kRouteThreads) route_kernel(const __grid_const
           deeper = deeper && score[e] + bias[e] > threshold;
           depth += deeper;
         }
-        args.depth[linear * tokens + token] = depth;
+        args.depth[linear * args.tokens + first_token + token] = depth;
       }
     }
     if (writes && args.source == kNormed) {
@@ -266,15 +268,17 @@ __global__ void __launch_bounds__(kRouteThreads) route_kernel(const __grid_const
         float values[8];
 #pragma unroll
         for (int k = 0; k < 8; ++k) values[k] = x[token * shape.share + i + k] * norm;
-        *reinterpret_cast<uint4*>(args.input + static_cast<size_t>(token) * inputs + begin + i) = pack8(values);
+        *reinterpret_cast<uint4*>(args.input + static_cast<size_t>(first_token + token) * inputs + begin + i) =
+            pack8(values);
       }
     }
   }
 }
 
 inline cudaError_t launch_route(cudaStream_t stream, const RouteArgs& args, bool early) {
-  const RouteShape shape(args.tokens, args.inputs, args.width);
-  return launch(route_kernel, dim3(args.linears * kRouteRanks), kRouteThreads, shape.total, stream, kRouteRanks, early,
+  const RouteShape shape(kRouteTokens, args.inputs, args.width);
+  const dim3 grid((args.tokens + kRouteTokens - 1) / kRouteTokens * args.linears * kRouteRanks);
+  return launch(route_kernel, grid, kRouteThreads, shape.total, stream, kRouteRanks, early,
                 args);
 }
 

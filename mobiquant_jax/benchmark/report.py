@@ -19,6 +19,30 @@ def markdown(content: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def summary(content: dict[str, Any]) -> str:
+    """Speed beside bfloat16 and how fast the four products of a layer read, in two small tables.
+
+    Args:
+        content: a table's content, see `Table`.
+
+    Raises:
+        ValueError: a section is missing.
+    """
+    if missing := {"decode", "kernels", "sessions"} - content.keys():
+        raise ValueError(f"no benchmark: it lacks {', '.join(sorted(missing))}")
+    base = {row["batch"]: row["ms"] for row in content["decode"] if row["bits"] == DENSE_BITS}
+    lines = ["| batch | average bits | ms a step | tokens/s | times bf16 |", "|---|---|---|---|---|"]
+    for row in sorted(content["decode"], key=lambda row: (row["batch"], row["bits"])):
+        bits = "bf16" if row["bits"] == DENSE_BITS else f"{row['bits']:g}"
+        speedup = _number(base[row["batch"]] / row["ms"] if row["batch"] in base else None, ".2f")
+        lines.append(f"| {row['batch']} | {bits} | {row['ms']:.2f} | {row['tokens_per_s']:.0f} | {speedup} |")
+    lines += ["", "| slices | us for a layer's products, batch 1 | % of read bandwidth |", "|---|---|---|"]
+    for row in content["kernels"]:
+        if "+" in row["product"]:
+            lines.append(f"| {row['depth']} | {row['us']:.1f} | {row['percent_of_read_bandwidth']:.0f} |")
+    return "\n".join([*lines, "", _origin(content)])
+
+
 def _origin(content: dict[str, Any]) -> str:
     lines = [
         f"`{session['command']}` at {(session['commit'] or 'no commit')[:7]}: {', '.join(session['devices'])}; "

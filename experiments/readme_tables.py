@@ -8,6 +8,7 @@ from pathlib import Path
 
 from absl import flags
 
+from mobiquant_jax.benchmark import summary
 from mobiquant_jax.config_flags import run
 from mobiquant_jax.evaluation import markdown_table
 from mobiquant_jax.files import read_json_object
@@ -27,7 +28,8 @@ def main(_: list[str]) -> None:
         name = match.group(1)
         result = read_json_object(readme.parent / name)
         try:
-            return f"<!-- {name} -->\n{markdown_table(result)}\n<!-- end -->"
+            table = summary(result) if "kernels" in result else markdown_table(result)
+            return f"<!-- {name} -->\n{table}\n<!-- end -->"
         except ValueError as error:
             raise ValueError(f"'{readme.parent / name}' is {error}") from error
 

@@ -10,8 +10,6 @@ from jaxtyping import Array, Float
 
 from mobiquant_jax.models.layers import project
 from mobiquant_jax.serving.packed import Carry, PackedModel
-from mobiquant_jax.serving.site import SiteOutput
-from mobiquant_jax.serving.source import Source, read_source
 
 
 @jax.tree_util.register_dataclass
@@ -30,18 +28,20 @@ class DenseSite:
     def thresholds_at(self, bits: Any) -> None:
         """None: nothing is routed. See `Site`."""
 
-    def __call__(self, source: Source, thresholds: None, layer: int, dtype: DTypeLike) -> SiteOutput:
+    def __call__(
+        self, x: Float[Array, "B T D"], thresholds: None, layer: int, dtype: DTypeLike
+    ) -> tuple[list[Float[Array, "B T out"]], Float[Array, "B T"]]:
         """Multiplies. See `Site`."""
         kernel = self.kernels[layer]
-        x, residual = read_source(source, jnp.int32(layer), dtype)
+        ends = [sum(self.segments[: i + 1]) for i in range(len(self.segments) - 1)]
         read = jnp.full(x.shape[:2], float(kernel.size * kernel.dtype.itemsize * 8), jnp.float32)
-        return SiteOutput(project(x, kernel).astype(dtype)[None], residual, read)
+        return jnp.split(project(x.astype(dtype), kernel).astype(dtype), ends, axis=-1), read
 
 
 class DenseModel(PackedModel):
     """`PackedModel` whose sites are `DenseSite`, with its layers unrolled."""
 
-    def _over_layers(self, layer: Any, start: Carry) -> Carry:
+    def _repeat(self, layer: Any, start: Carry) -> Carry:
         for index in range(self.config.num_hidden_layers):
             start = layer(index, start)
         return start

@@ -11,21 +11,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int
 
-from mobiquant_jax.models.attention import attention
 from mobiquant_jax.models.config import LlamaConfig
 from mobiquant_jax.models.elastic import ElasticModel
-from mobiquant_jax.models.kv_cache import KVCache, LayerCache
-from mobiquant_jax.models.layers import project, rms_norm
-from mobiquant_jax.models.rope import apply_rope, inverse_frequencies
-from mobiquant_jax.serving.site import Site, SiteOutput, fuse_site
-from mobiquant_jax.serving.source import Gated, Normed, Plain, Source, sum_parts
+from mobiquant_jax.models.kv_cache import KVCache
+from mobiquant_jax.models.layers import project, rms_norm, swiglu
+from mobiquant_jax.ops import Implementation
+from mobiquant_jax.serving.attention import attend
+from mobiquant_jax.serving.one_call import layers_in_one_call, supports_one_call
+from mobiquant_jax.serving.site import Site, fuse_site
 
-# Residual stream, what the block before adds to it (in parts), cache, weight bits read by each token.
-Carry = tuple[Array, Array, KVCache, Array]
+Carry = tuple[Array, KVCache, Array]  # residual stream, cache, weight bits read by each token
 SITES = {
     "qkv": ("attention/q_proj", "attention/k_proj", "attention/v_proj"),
     "o": ("attention/o_proj",),
@@ -85,65 +83,50 @@ class PackedModel:
         batch, length = tokens.shape
         positions = cache.length[:, None] + jnp.arange(length, dtype=jnp.int32)
         target = jnp.broadcast_to(jnp.asarray(bits, jnp.float32), (batch,))
-
         thresholds = {name: site.thresholds_at(target) for name, site in variables.sites.items()}
-
-        def site(name: str, source: Source, index: Any) -> SiteOutput:
-            return variables.sites[name](source, thresholds[name], index, self.dtype)
-
-        def layer(index: Any, carry: Carry) -> Carry:
-            x, update, cache, read = carry
-            qkv = site("qkv", Normed(x=x, update=update, gain=variables.attention_norm, eps=cfg.rms_norm_eps), index)
-            mixed, cache = self._attention(qkv.parts, positions, cache, index)
-            o = site("o", Plain(x=mixed), index)
-            norm = Normed(x=qkv.residual, update=o.parts, gain=variables.mlp_norm, eps=cfg.rms_norm_eps)
-            gate_up = site("gate_up", norm, index)
-            down = site("down", Gated(halves=gate_up.parts), index)
-            return gate_up.residual, down.parts, cache, read + qkv.read + o.read + gate_up.read + down.read
-
         with jax.named_scope("embed"):
             x = variables.embedding[tokens].astype(self.dtype)
-        start = (x, jnp.zeros((1, *x.shape), x.dtype), cache, jnp.zeros(tokens.shape, jnp.float32))
-        update = jax.eval_shape(lambda carry: layer(0, carry), start)[1]  # of as many parts as the last site returns
-        start = (x, jnp.zeros(update.shape, update.dtype), *start[2:])
-        x, update, cache, read = self._over_layers(layer, start)
+        run = layers_in_one_call if supports_one_call(x, cache, variables.sites) else self._over_layers
+        x, cache, read = run(cfg, variables, thresholds, x, positions, cache)
         with jax.named_scope("unembed"):
-            x = rms_norm(x + sum_parts(update, self.dtype), variables.final_norm, cfg.rms_norm_eps)
+            x = rms_norm(x, variables.final_norm, cfg.rms_norm_eps)
             logits = project(x, variables.embedding.T if variables.head is None else variables.head)
         weights = float(cfg.num_hidden_layers * sum(rows * columns for rows, columns in cfg.linear_shapes().values()))
         return logits, read / weights, KVCache(k=cache.k, v=cache.v, length=cache.length + length)
 
-    def _over_layers(self, layer: Callable[[Any, Carry], Carry], start: Carry) -> Carry:
+    def _over_layers(
+        self, cfg: LlamaConfig, variables: ServingArrays, thresholds: Any, x: Array, positions: Array, cache: KVCache
+    ) -> Carry:
+        def site(name: str, x: Array, index: Any) -> tuple[list[Array], Array]:
+            return variables.sites[name](x, thresholds[name], index, self.dtype)
+
+        def layer(index: Any, carry: Carry) -> Carry:
+            x, cache, read = carry
+            normed = rms_norm(x, variables.attention_norm[index], cfg.rms_norm_eps)
+            qkv, qkv_read = site("qkv", normed, index)
+            mixed, cache = attend(cfg, qkv, positions, cache, index)
+            (out,), out_read = site("o", mixed, index)
+            x = x + out
+            normed = rms_norm(x, variables.mlp_norm[index], cfg.rms_norm_eps)
+            (gate, up), up_read = site("gate_up", normed, index)
+            (down,), down_read = site("down", swiglu(gate, up), index)
+            return x + down, cache, read + qkv_read + out_read + up_read + down_read
+
+        return self._repeat(layer, (x, cache, jnp.zeros(positions.shape, jnp.float32)))
+
+    def _repeat(self, layer: Callable[[Any, Carry], Carry], start: Carry) -> Carry:
         return jax.lax.fori_loop(0, self.config.num_hidden_layers, layer, start)
 
-    def _attention(
-        self, parts: Float[Array, "P B T qkv"], positions: Array, cache: KVCache, index: Array
-    ) -> tuple[Float[Array, "B T D"], KVCache]:
-        cfg = self.config
-        ends = np.cumsum([cfg.num_attention_heads, cfg.num_key_value_heads]) * cfg.head_dim
-        qkv = jnp.split(sum_parts(parts, self.dtype), ends, axis=-1)
-        q, k, v = (y.reshape(*y.shape[:2], -1, cfg.head_dim) for y in qkv)
-        frequencies = inverse_frequencies(cfg)
-        q, k = apply_rope(q, positions, frequencies), apply_rope(k, positions, frequencies)
-        rows = jnp.arange(q.shape[0])[:, None]
-        # The whole cache is carried and written in place: as scanned slices it would be copied once a token.
-        cache = KVCache(
-            k=cache.k.at[index, rows, positions].set(k.astype(cache.k.dtype), mode="drop"),
-            v=cache.v.at[index, rows, positions].set(v.astype(cache.v.dtype), mode="drop"),
-            length=cache.length,
-        )
-        mine = LayerCache(k=cache.k[index], v=cache.v[index])
-        slots = jnp.arange(cache.k.shape[2])[None]
-        mixed = attention(q, mine.k.astype(q.dtype), mine.v.astype(q.dtype), positions, slots)
-        return mixed.reshape(*q.shape[:2], -1), cache
 
-
-def prepare(model: ElasticModel, dtype: DTypeLike = jnp.bfloat16) -> PackedModel:
+def prepare(
+    model: ElasticModel, dtype: DTypeLike = jnp.bfloat16, implementation: Implementation | None = None
+) -> PackedModel:
     """Repacks a calibrated model for serving, on the device it is on.
 
     Args:
         model: an elastic model. Its arrays stay as they are; drop it to free them.
         dtype: type of the activations, the embedding, the head and the routers' first layers.
+        implementation: of the elastic matmul, which also chooses the weights' layout; the platform's if None.
 
     Raises:
         ValueError: the model is not elastic, or its weights have no serving layout.
@@ -158,12 +141,12 @@ def prepare(model: ElasticModel, dtype: DTypeLike = jnp.bfloat16) -> PackedModel
         final_norm=params["final_norm"]["scale"],
         attention_norm=params["layers"]["attention_norm"]["scale"],
         mlp_norm=params["layers"]["mlp_norm"]["scale"],
-        sites={name: _site(model, paths, dtype) for name, paths in SITES.items()},
+        sites={name: _site(model, paths, dtype, implementation) for name, paths in SITES.items()},
     )
     return PackedModel(config=model.config, variables=arrays, dtype=dtype)
 
 
-def _site(model: ElasticModel, paths: tuple[str, ...], dtype: DTypeLike) -> Site:
+def _site(model: ElasticModel, paths: tuple[str, ...], dtype: DTypeLike, implementation: Implementation | None) -> Site:
     assert model.elastic is not None
 
     def leaves(collection: str, name: str) -> list[Any]:
@@ -179,6 +162,7 @@ def _site(model: ElasticModel, paths: tuple[str, ...], dtype: DTypeLike) -> Site
         leaves("routing", "thresholds"),
         model.elastic.budget_grid,
         dtype,
+        implementation,
     )
 
 

@@ -1,23 +1,21 @@
-"""Builds the CUDA kernels where they are first used and hands them to XLA.
+"""Compiles CUDA sources where they are first used, for XLA's FFI.
 
-The library is kept in a cache folder, ``$MOBIQUANT_JAX_CACHE`` or ``~/.cache/mobiquant_jax``, under a name that depends
+A library is kept in a cache folder, ``$MOBIQUANT_JAX_CACHE`` or ``~/.cache/mobiquant_jax``, under a name that depends
 on the sources, the compiler's flags and XLA's headers, so that another version never meets a stale build.
 """
 
 import ctypes
-import functools
 import hashlib
 import os
 import shutil
 import site
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 
-_SOURCES = Path(__file__).parent / "cuda"
-_HANDLERS = {"decode": "SlicedMatmulDecode", "prefill": "SlicedMatmulPrefill", "routed": "SlicedMatmulRouted"}
 _ARCHITECTURE = "90a"  # Hopper: wgmma exists nowhere else
 _FLAGS = (
     "-std=c++17",
@@ -36,42 +34,41 @@ def find_nvcc() -> str | None:
     return next(filter(None, (shutil.which("nvcc", path=path) for path in candidates)), None)
 
 
-@functools.cache
-def register(groups: int) -> dict[str, str]:
-    """Builds and loads the kernels for a group size, once a process.
+def check_hopper() -> None:
+    """Raises NotImplementedError unless JAX runs on a Hopper GPU."""
+    device = jax.devices()[0]
+    if device.platform != "gpu" or getattr(device, "compute_capability", None) != "9.0":
+        raise NotImplementedError(f"the CUDA kernels need a Hopper GPU, not {device.device_kind}")
+
+
+def register(library: Path, handlers: Mapping[str, str]) -> None:
+    """Loads a library and hands its functions to XLA; at most once a process and target.
 
     Args:
-        groups: groups in a block of 128 inputs: 1, 2 or 4.
-
-    Returns:
-        The FFI targets ``decode``, ``prefill`` and ``routed``.
-
-    Raises:
-        NotImplementedError: no compiler, or it failed.
+        library: from `compile_library`.
+        handlers: FFI target -> exported symbol.
     """
-    library = ctypes.CDLL(str(build(groups)))
-    targets = {}
-    for name, symbol in _HANDLERS.items():
-        targets[name] = f"mobiquant_sliced_matmul_{name}_{groups}"
-        jax.ffi.register_ffi_target(targets[name], jax.ffi.pycapsule(getattr(library, symbol)), platform="CUDA")
-    return targets
+    loaded = ctypes.CDLL(str(library))
+    for target, symbol in handlers.items():
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(loaded, symbol)), platform="CUDA")
 
 
-def build(groups: int) -> Path:
-    """The shared library for a group size, compiled unless the cache has it.
+def compile_library(source: Path, definitions: tuple[str, ...] = ()) -> Path:
+    """The shared library of a source, compiled unless the cache has it.
 
     Args:
-        groups: groups in a block of 128 inputs: 1, 2 or 4.
+        source: a ``.cu`` file; what lies beside it may be included.
+        definitions: of the preprocessor, ``NAME=VALUE``.
 
     Raises:
         NotImplementedError: no compiler, or it failed.
     """
     include = Path(jax.ffi.include_dir())
-    flags = (*_FLAGS, f"-DMOBIQUANT_GROUPS={groups}")
-    digest = hashlib.sha256(repr(flags).encode())
-    for file in (*sorted(_SOURCES.iterdir()), *sorted(include.rglob("*.h"))):
+    flags = (*_FLAGS, *(f"-D{definition}" for definition in definitions))
+    digest = hashlib.sha256(repr((source.name, flags)).encode())
+    for file in (*sorted(_sources(source)), *sorted(include.rglob("*.h"))):
         digest.update(file.name.encode() + file.read_bytes())
-    target = _cache_folder() / f"sliced_matmul_{digest.hexdigest()[:16]}.so"
+    target = _cache_folder() / f"{source.stem}_{digest.hexdigest()[:16]}.so"
     if target.is_file():
         return target
     nvcc = find_nvcc()
@@ -81,12 +78,16 @@ def build(groups: int) -> Path:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / target.name
         libraries = Path(nvcc).parents[1] / "lib"  # of the package; a toolkit finds its own
-        command = [nvcc, *flags, f"-I{include}", f"-L{libraries}", "-o", str(made), str(_SOURCES / "ffi.cu")]
+        command = [nvcc, *flags, f"-I{include}", f"-L{libraries}", "-o", str(made), str(source)]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
             raise NotImplementedError(f"nvcc failed: {_first_error(result.stdout + result.stderr)}")
         made.replace(target)  # atomic: processes that build at the same time do not meet a partial file
     return target
+
+
+def _sources(source: Path) -> list[Path]:
+    return [file for file in source.parent.iterdir() if file.suffix in (".cu", ".cuh")]
 
 
 def _cache_folder() -> Path:

@@ -137,6 +137,7 @@ __global__ void __launch_bounds__(DecodeShape<GB, WARPS, SLOTS>::kThreads, 1)
     decode_kernel(const __grid_constant__ DecodeArgs args) {
   using Shape = DecodeShape<GB, WARPS, SLOTS>;
   extern __shared__ __align__(1024) unsigned char shared[];
+  launch_dependents();
   const int warp = keep(threadIdx.x / 32), lane = keep(threadIdx.x % 32), row = keep(lane / 4), quad = keep(lane % 4);
   const int tokens = keep(args.tokens), tiles = keep(args.weights.tiles);
   const int first_tile = blockIdx.x, stride = gridDim.x;
@@ -148,7 +149,7 @@ __global__ void __launch_bounds__(DecodeShape<GB, WARPS, SLOTS>::kThreads, 1)
   const uint32_t full = base + Shape::kBarriers, empty = full + SLOTS * 8;
 
   if (warp == WARPS) {  // the producer
-    const size_t layer = *args.weights.layer;
+    const size_t layer = args.weights.which_layer();
     if (lane == 0) {
       // The first slice is read whatever the depths are.
       const int bytes = blocks * kPieceBytes;

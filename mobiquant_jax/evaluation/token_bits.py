@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.textpath import TextPath
 
+from mobiquant_jax import distributed
 from mobiquant_jax.evaluation.perplexity import LanguageModel, check_bits
 from mobiquant_jax.evaluation.report import INK, STYLE
 
@@ -77,7 +78,7 @@ def measure_token_bits(model: LanguageModel, tokenizer: TextCodec, text: str, bi
         raise ValueError(f"the text {text!r} has no tokens")
     request = jnp.full(1, check_bits(bits), jnp.float32)
     _, token_bits = jax.jit(model.forward)(model.variables, jnp.asarray(ids, jnp.int32)[None], request)
-    used = np.asarray(token_bits[0], np.float64)  # [N]
+    used = distributed.fetch(token_bits)[0].astype(np.float64)  # [N]
     pieces, piece_bits, start, shown = [], [], 0, ""
     for end in range(1, len(ids) + 1):
         decoded = tokenizer.decode(ids[:end])

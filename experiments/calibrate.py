@@ -110,6 +110,7 @@ def main(_: list[str]) -> None:
     }
     if distributed.is_main():
         save_json(run_dir.path / "result.json", result)
+    distributed.barrier("end")  # a process that has ended waits only so long for the others
     print(f"checkpoint: {run_dir.checkpoint}    total {seconds:.0f} s, {peak} GB")
 
 

@@ -19,7 +19,7 @@ from mobiquant_jax.routing import mask_depth, prefix_masks, threshold_for_bits
 def hull_gains(costs: Float[Array, "*batch E"], slice_bits: tuple[int, ...]) -> Float[Array, "*batch E-1"]:
     """What each of slices 2..E gains a bit, along the lower convex hull of the costs of all depths; never rising.
 
-        gain_e = min_{i < e} max_{j >= e} (cost_i - cost_j) / (bits_j - bits_i)
+    gain_e = min_{i < e} max_{j >= e} (cost_i - cost_j) / (bits_j - bits_i)
     """
     bits, depths = widths(slice_bits), len(slice_bits)
 
@@ -62,6 +62,20 @@ def joint_oracle(
     weights = jnp.broadcast_to(shares[:, None, None], costs.shape[:-1])
     gains = hull_gains(costs, slice_bits) / weights[..., None]
     return _depth(gains, threshold_for_bits(gains, bits, slice_bits, weights))
+
+
+def spread_over_tokens(
+    increases: Float[Array, "L N E"], squared: Float[Array, "L N B T E"]
+) -> Float[Array, "L N B T E"]:
+    """Costs for `joint_oracle`: what each linear adds to the loss, shared out by its tokens' squared errors.
+
+    Args:
+        increases: of the loss by each linear at each depth, as `StaticSearch` measures them.
+        squared: squared output errors, zero at full depth.
+    """
+    above_full = jnp.maximum(increases - increases[..., -1:], 0.0)[:, :, None, None]
+    mean = jnp.mean(squared, axis=(2, 3), keepdims=True)
+    return above_full * squared / jnp.where(mean > 0, mean, 1.0)
 
 
 def _depth(gains: Float[Array, "*batch E-1"], threshold: Float[Array, ""]) -> Int[Array, "*batch"]:

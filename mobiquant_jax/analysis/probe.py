@@ -69,7 +69,5 @@ def probe(
     module = Llama(model.config, linear=partial(ProbedLinear, elastic=elastic), dtype=model.dtype)
     logits, state = module.apply(variables, tokens, policy, mutable=["stats", "scores"])
 
-    stats = {
-        name: stack_sown(model.config, state["stats"], name) for name in ("errors", "magnitude", "norm", "bits")
-    }
+    stats = {name: stack_sown(model.config, state["stats"], name) for name in ("errors", "magnitude", "norm", "bits")}
     return logits, Probe(scores=stack_sown(model.config, state["scores"], "scores"), **stats)

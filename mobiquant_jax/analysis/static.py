@@ -179,6 +179,11 @@ class StaticSearch:
         return block.apply({**layer, "routing": nest(self.model.config, "depth", depths)}, x, positions)[0]
 
 
+def base_depths(slices: int) -> list[int]:
+    """The uniform depths around which increases are measured: all, and the low ones where linears differ most."""
+    return sorted({1, min(2, slices), slices}, reverse=True)
+
+
 def _kullback_leibler(log_p: Float[Array, "B T V"], logits: Float[Array, "B T V"]) -> Float[Array, ""]:
     """Divergence of the logits' distribution from a reference, in nats a token."""
     return jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - jax.nn.log_softmax(logits)), axis=-1))

@@ -4,8 +4,8 @@ Minimizing a sum of errors under a budget of bits is, with a Lagrange multiplier
 
     min sum_t err_t(k_t)  s.t.  sum_t bits(k_t) <= B        depth_t = argmin_k err_t(k) + lambda bits(k)
 
-As lambda falls a token steps along the lower convex hull of its points (bits(k), err(k)); the slope of the hull at slice e
-is the lambda at which it takes the slice. So the slopes are scores, and lambda is their threshold for a budget.
+As lambda falls a token steps along the lower convex hull of its points (bits(k), err(k)); the slope of the hull at
+slice e is the lambda at which it takes the slice. So the slopes are scores, and lambda is their threshold for a budget.
 """
 
 import jax

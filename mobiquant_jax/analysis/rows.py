@@ -1,12 +1,14 @@
 """Perplexities of many ways to run a model, collected window by window."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from mobiquant_jax.analysis.steps import Score
-from mobiquant_jax.evaluation.perplexity import perplexity_of
+from mobiquant_jax.evaluation import perplexity_of
 
 
 class Case(NamedTuple):
@@ -28,13 +30,32 @@ class Row(NamedTuple):
         name: of the case.
         asked: of the case.
         bits: average bits it used.
-        perplexity: on all windows.
+        window_nll: mean negative log-likelihood of each window's predictions, in nats.
     """
 
     name: str
     asked: float
     bits: float
-    perplexity: float
+    window_nll: tuple[float, ...]
+
+    @property
+    def perplexity(self) -> float:
+        """On all windows."""
+        return perplexity_of(float(np.mean(self.window_nll)))
+
+
+def excess(row: Row, other: Row) -> tuple[float, float]:
+    """By how much a row's perplexity exceeds another's on the same windows, with its standard error.
+
+    The windows are paired: what makes one hard for both does not count.
+
+    Returns:
+        Both as fractions, ``exp(mean difference of nll) - 1``; the error is infinite with one window.
+    """
+    difference = np.subtract(row.window_nll, other.window_nll)
+    ratio = perplexity_of(float(difference.mean()))
+    count = len(difference)
+    return ratio - 1, ratio * float(difference.std(ddof=1)) / math.sqrt(count) if count > 1 else math.inf
 
 
 class Tally:
@@ -56,6 +77,5 @@ class Tally:
     def rows(self) -> Iterator[Row]:
         """The cases in the order in which they first came."""
         for case, scores in self._scores.items():
-            nll = sum(float(score.nll) for score in scores) / (len(scores) * self._predictions)
-            bits = sum(float(score.bits) for score in scores) / len(scores)
-            yield Row(case.name, case.asked, bits, perplexity_of(nll))
+            nll = tuple(float(score.nll) / self._predictions for score in scores)
+            yield Row(case.name, case.asked, float(np.mean([score.bits for score in scores])), nll)

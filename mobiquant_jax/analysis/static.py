@@ -1,6 +1,6 @@
 """The best static depth of every linear at an average of bits: what a router that ignores tokens could reach.
 
-The loss of an allocation is taken to be the sum of what each linear alone adds, measured one linear and depth at a time:
+The loss of an allocation is taken to be the sum of what each linear alone adds, measured one by one at each depth:
 
     loss(k_1, ..., k_n) ~ sum_l increase_l(k_l)         sum_l size_l bits(k_l) <= B sum_l size_l
 

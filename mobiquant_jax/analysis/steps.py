@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from mobiquant_jax.analysis.depth_table import forward_at, table_bits
 from mobiquant_jax.analysis.linears import elastic_config, linear_shares, stack_sown
 from mobiquant_jax.analysis.probe import Probe, probe
-from mobiquant_jax.evaluation.perplexity import summed_nll
+from mobiquant_jax.evaluation import summed_nll
 from mobiquant_jax.models.elastic import ElasticModel, Variables
 from mobiquant_jax.routing import Policy, UniformDepth
 

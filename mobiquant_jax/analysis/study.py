@@ -15,7 +15,7 @@ from mobiquant_jax.analysis.rows import Case, Row, Tally
 from mobiquant_jax.analysis.static import Allocation, StaticSearch, base_depths
 from mobiquant_jax.analysis.steps import Steps
 from mobiquant_jax.analysis.token_errors import TokenErrors, squared_errors, summarize
-from mobiquant_jax.evaluation.perplexity import check_bits
+from mobiquant_jax.evaluation import check_bits
 from mobiquant_jax.models.elastic import ElasticModel
 from mobiquant_jax.quant import CODE_BITS
 from mobiquant_jax.routing import TableBudget

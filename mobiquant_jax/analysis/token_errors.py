@@ -1,7 +1,7 @@
 """Which tokens lose most, whether they are the same at every width, and whether the router knows them.
 
-Two measures of a token's error at depth k: what it loses of its own output, ``|x (W_k - W_E)| / |x W_E|`` (relative), and
-``|x (W_k - W_E)|`` (absolute), which weighs a token by what it passes on.
+Two measures of a token's error at depth k: what it loses of its own output, ``|x (W_k - W_E)| / |x W_E|`` (relative),
+and ``|x (W_k - W_E)|`` (absolute), which weighs a token by what it passes on.
 """
 
 from dataclasses import dataclass

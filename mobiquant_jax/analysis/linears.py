@@ -1,5 +1,6 @@
 """The linears of a model as an axis: N of them in a layer, in the order of ``LlamaConfig.linear_shapes``."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from mobiquant_jax.models import LlamaConfig
 from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel
+from mobiquant_jax.quant import widths
 
 
 def elastic_config(model: ElasticModel) -> ElasticConfig:
@@ -17,9 +19,28 @@ def elastic_config(model: ElasticModel) -> ElasticConfig:
     return model.elastic
 
 
-def linear_names(config: LlamaConfig) -> list[str]:
-    """Short names for tables and pictures: ``q``, ``k``, ..., ``down``."""
-    return [path.split("/")[1].removesuffix("_proj") for path in config.linear_shapes()]
+@dataclass(frozen=True, kw_only=True)
+class Labels:
+    """What the axes of an analysis' arrays are called.
+
+    Attributes:
+        linears: of a layer: ``q``, ``k``, ..., ``down``.
+        bits: at every depth.
+    """
+
+    linears: tuple[str, ...]
+    bits: tuple[int, ...]
+
+    @classmethod
+    def of(cls, model: ElasticModel) -> "Labels":
+        """Those of a model."""
+        names = (path.split("/")[1].removesuffix("_proj") for path in model.config.linear_shapes())
+        return cls(linears=tuple(names), bits=widths(elastic_config(model).slice_bits))
+
+    @property
+    def low_bits(self) -> tuple[int, ...]:
+        """Bits at every depth below full, where errors are."""
+        return self.bits[:-1]
 
 
 def linear_sizes(config: LlamaConfig) -> Int[np.ndarray, " N"]:

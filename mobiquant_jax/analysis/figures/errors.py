@@ -9,6 +9,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 from mobiquant_jax.analysis.figures.canvas import ACCENT, COLORS, INK, MUTED, QUIET, color_bar, figure, map_linears
+from mobiquant_jax.analysis.linears import Labels
 from mobiquant_jax.analysis.retention import NONE, RANDOM
 from mobiquant_jax.analysis.rows import Row
 from mobiquant_jax.analysis.token_errors import LEVELS, WORST_SHARE, TokenErrors
@@ -17,20 +18,19 @@ PERCENT = FuncFormatter(lambda value, _: f"{100 * value:g} %")
 PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 
 
-def plot_error_curves(path: str | Path, errors: TokenErrors, bits: Sequence[int], linears: Sequence[str]) -> None:
+def plot_error_curves(path: str | Path, errors: TokenErrors, labels: Labels) -> None:
     """Relative error over the tokens, from the least to the most hurt; one panel a kind of linear.
 
     Args:
         path: the PNG.
         errors: of the tokens.
-        bits: at each depth below full.
-        linears: names.
+        labels: of the arrays' axes.
     """
     columns = 4
-    rows = -(-len(linears) // columns)
+    rows = -(-len(labels.linears) // columns)
     with figure(path, 2.1 * rows + 0.4, rows, columns, sharex=True, sharey=True) as axes:
-        for index, (name, panel) in enumerate(zip(linears, axes.flat, strict=False)):
-            for depth, width in enumerate(bits):
+        for index, (name, panel) in enumerate(zip(labels.linears, axes.flat, strict=False)):
+            for depth, width in enumerate(labels.low_bits):
                 curves = errors.quantiles[:, :, index, depth]  # [levels, L]
                 panel.fill_between(LEVELS, curves.min(1), curves.max(1), color=COLORS[depth], alpha=0.18, linewidth=0)
                 panel.plot(LEVELS, np.median(curves, axis=1), color=COLORS[depth], label=f"{width} bits")
@@ -42,8 +42,8 @@ def plot_error_curves(path: str | Path, errors: TokenErrors, bits: Sequence[int]
             panel.set_xticks([0, 0.5, 1.0])
             panel.grid(axis="y", color=QUIET, linewidth=0.6)
         for index, panel in enumerate(axes.flat):
-            panel.axis("on" if index < len(linears) else "off")
-            if index + columns >= len(linears):
+            panel.axis("on" if index < len(labels.linears) else "off")
+            if index + columns >= len(labels.linears):
                 panel.tick_params(labelbottom=True)
                 panel.set_xlabel("tokens, best to worst", fontsize=8)
         axes.flat[-1].legend(*axes.flat[0].get_legend_handles_labels(), frameon=False, loc="center", fontsize=10)
@@ -51,20 +51,21 @@ def plot_error_curves(path: str | Path, errors: TokenErrors, bits: Sequence[int]
             panel.set_ylabel("error / output")
 
 
-def plot_error_maps(path: str | Path, errors: TokenErrors, bits: Sequence[int], linears: Sequence[str]) -> None:
+def plot_error_maps(path: str | Path, errors: TokenErrors, labels: Labels) -> None:
     """Mean relative error of every linear, one map a width on one scale."""
     percent = 100 * errors.mean
     norm = LogNorm(vmin=float(percent.min()), vmax=float(percent.max()))
-    with figure(path, 1.75 * len(bits) + 0.4, len(bits), sharex=True) as axes:
-        for depth, width in enumerate(bits):
-            image = map_linears(axes[depth, 0], percent[..., depth], linears, norm, ".1f")
+    with figure(path, 1.75 * len(labels.low_bits) + 0.4, len(labels.low_bits), sharex=True) as axes:
+        for depth, width in enumerate(labels.low_bits):
+            image = map_linears(axes[depth, 0], percent[..., depth], labels.linears, norm, ".1f")
             axes[depth, 0].set_title(f"{width} bits", loc="left", fontsize=10)
         axes[-1, 0].set_xlabel("layer")
         color_bar(axes, image, "mean error, % of the output").ax.yaxis.set_major_formatter(PLAIN)
 
 
-def plot_overlap(path: str | Path, errors: TokenErrors, bits: Sequence[int]) -> None:
+def plot_overlap(path: str | Path, errors: TokenErrors, labels: Labels) -> None:
     """How many of the worst tokens two widths share: on average, and by layer."""
+    bits = labels.low_bits
     names = [f"{width} bits" for width in bits]
     with figure(path, 3.1, 1, 3, width_ratios=(1, 1, 1.6)) as axes:
         for panel, values, title in (
@@ -97,16 +98,16 @@ def plot_overlap(path: str | Path, errors: TokenErrors, bits: Sequence[int]) -> 
             panel.legend(frameon=False, fontsize=8, loc="upper right", ncols=1 if len(pairs) < 4 else 2)
 
 
-def plot_migration(path: str | Path, squared: Float[np.ndarray, "T E"], bits: Sequence[int], title: str) -> None:
+def plot_migration(path: str | Path, squared: Float[np.ndarray, "T E"], labels: Labels, title: str) -> None:
     """Error of each token of a window in one linear, one panel a width; the worst at the first width stay marked.
 
     Args:
         path: the PNG.
         squared: squared errors; those at full depth are not drawn.
-        bits: at each depth below full.
+        labels: of the arrays' axes.
         title: which linear.
     """
-    count = round(WORST_SHARE * len(squared))
+    bits, count = labels.low_bits, round(WORST_SHARE * len(squared))
     worst = [set(np.argsort(-squared[:, depth])[:count].tolist()) for depth in range(len(bits))]
     with figure(path, 1.55 * len(bits) + 0.5, len(bits), sharex=True) as axes:
         for depth, width in enumerate(bits):

@@ -10,6 +10,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentF
 
 from mobiquant_jax.analysis.comparison import RIVALS, ROUTER
 from mobiquant_jax.analysis.figures.canvas import ACCENT, COLORS, MUTED, QUIET, color_bar, figure, map_linears
+from mobiquant_jax.analysis.linears import Labels
 from mobiquant_jax.analysis.rows import Row, excess
 from mobiquant_jax.analysis.token_errors import TokenErrors
 
@@ -74,7 +75,7 @@ def plot_bits(
     path: str | Path,
     router: Mapping[float, Float[np.ndarray, "L N"]],
     static: Mapping[float, Float[np.ndarray, "L N"]],
-    linears: Sequence[str],
+    labels: Labels,
 ) -> None:
     """Average bits of every linear under the router, beside the best static ones; one row for each average.
 
@@ -82,13 +83,13 @@ def plot_bits(
         path: the PNG.
         router: average bits, by the average asked for.
         static: bits of the best static allocation, by the average asked for.
-        linears: names.
+        labels: of the arrays' axes.
     """
-    norm = Normalize(2, 8)
+    norm = Normalize(labels.bits[0], labels.bits[-1])
     with figure(path, 1.7 * len(router) + 0.4, len(router), 2, sharex=True, sharey=True) as axes:
         for row, asked in enumerate(router):
-            image = map_linears(axes[row, 0], router[asked], linears, norm, ".1f")
-            map_linears(axes[row, 1], static[asked], linears, norm, ".0f")
+            image = map_linears(axes[row, 0], router[asked], labels.linears, norm, ".1f")
+            map_linears(axes[row, 1], static[asked], labels.linears, norm, ".0f")
             axes[row, 0].set_title(f"router at {asked:g} bits", loc="left", fontsize=10)
             axes[row, 1].set_title(f"best static at {asked:g} bits", loc="left", fontsize=10)
         for panel in axes[-1]:
@@ -96,28 +97,27 @@ def plot_bits(
         color_bar(axes, image, "average bits")
 
 
-def plot_correlation(path: str | Path, errors: TokenErrors, bits: Sequence[int], linears: Sequence[str]) -> None:
+def plot_correlation(path: str | Path, errors: TokenErrors, labels: Labels) -> None:
     """Rank correlation of router scores, and of input norms, with the error that a slice removes.
 
     Args:
         path: the PNG.
         errors: of the tokens.
-        bits: at each depth below full; slice e + 2 refines ``bits[e]``.
-        linears: names.
+        labels: of the arrays' axes.
     """
     kinds = (("router score", errors.router_correlation, ACCENT), ("input norm", errors.norm_correlation, COLORS[1]))
-    with figure(path, 3.0, 1, len(bits), sharey=True) as axes:
-        for depth, (panel, width) in enumerate(zip(axes.flat, bits, strict=True)):
+    with figure(path, 3.0, 1, len(labels.low_bits), sharey=True) as axes:
+        for depth, (panel, width) in enumerate(zip(axes.flat, labels.low_bits, strict=True)):
             for offset, (label, values, color) in zip((-0.18, 0.18), kinds, strict=True):
                 layers = values[..., depth]  # [L, N]
                 jitter = np.linspace(-0.1, 0.1, len(layers))[:, None]
-                place = np.arange(len(linears)) + offset
+                place = np.arange(len(labels.linears)) + offset
                 panel.plot((place + jitter).ravel(), layers.ravel(), ".", color=color, alpha=0.45, markersize=5)
                 panel.plot(
                     place, layers.mean(axis=0), "_", color=color, markersize=11, markeredgewidth=2.2, label=label
                 )
             panel.axhline(0, color=MUTED, linewidth=0.8)
-            panel.set_xticks(range(len(linears)), linears)
+            panel.set_xticks(range(len(labels.linears)), labels.linears)
             panel.set_title(f"slice {depth + 2}, above {width} bits", loc="left", fontsize=10)
             panel.grid(axis="y", color=QUIET, linewidth=0.6)
         axes[0, 0].set_ylabel("Spearman's rank correlation")

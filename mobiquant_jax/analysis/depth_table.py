@@ -16,7 +16,7 @@ from mobiquant_jax.models import Llama
 from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel, Variables
 from mobiquant_jax.models.layers import project
 from mobiquant_jax.ops import sliced_matmul
-from mobiquant_jax.quant import widths
+from mobiquant_jax.quant import SlicedWeight, widths
 
 
 class TabledLinear(nn.Module):
@@ -35,8 +35,8 @@ class TabledLinear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T in"], control: None = None) -> Float[Array, "B T out"]:
         """``y[t] = x[t] @ W_{depth[t]}``."""
-        weight = self.get_variable("slices", "weight")
-        depth = self.get_variable("routing", "depth")
+        weight: SlicedWeight = self.get_variable("slices", "weight")
+        depth: Int[Array, "*tokens"] = self.get_variable("routing", "depth")
         if depth.ndim:
             return sliced_matmul(x.astype(self.dtype), weight, depth).astype(self.dtype)
         # One read: those of all depths would cost as much as the matmul of a short window.

@@ -89,7 +89,7 @@ def report_page(folder: Path, findings: Findings, labels: Labels, text: TokenBit
             ),
             html.table(["", *(f"{bits:g} bits" for bits in asked)], _policy_table(findings.policies, asked)),
             html.paragraph(
-                "The router's perplexity against each rival's; standard errors over paired windows.", "muted"
+                "The router's perplexity against each rival's, with standard errors over paired windows.", "muted"
             ),
             html.table(["router against", *(f"{bits:g} bits" for bits in asked)], _verdicts(findings.policies, asked)),
             html.table(["rival", "is"], ((name, what) for name, what in RIVALS.items())),
@@ -114,11 +114,9 @@ def report_page(folder: Path, findings: Findings, labels: Labels, text: TokenBit
             picture("error_maps", "The mean over tokens, for each linear of each layer."),
             html.heading("Are the worst tokens the same at every width?"),
             picture(
-                "overlap", "How many of the worst tenth of the tokens at one width are in the worst tenth at another."
+                "overlap", "How much of the worst tenth of the tokens at one width is in the worst tenth at another."
             ),
-            picture(
-                "migration", f"A typical linear: those worst at {low} bits (red) among the errors at other widths."
-            ),
+            picture("migration", f"A typical linear: the tokens worst at {low} bits (red) at every other width."),
             html.heading("Keeping a tenth of the tokens at full depth"),
             html.paragraph(
                 "Each linear keeps its own tenth of the tokens at full depth and reads all others at a low one. "

@@ -146,7 +146,8 @@ class StaticSearch:
                 return self._block(variables, x, index, jnp.full(tables.shape[1], base))
 
             def loss(x: Float[Array, "B T D"]) -> Float[Array, ""]:
-                return _kullback_leibler(target, self.model.module.apply(variables, x, method="unembed"))
+                logits: Any = self.model.module.apply(variables, x, method="unembed")
+                return _kullback_leibler(target, logits)
 
             with jax.default_matmul_precision("float32"):
                 tried = jax.lax.map(lambda depths: self._block(variables, stream, index, depths), tables)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 from matplotlib.colors import LogNorm, Normalize
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator, PercentFormatter
 
 from mobiquant_jax.analysis.figures.canvas import ACCENT, COLORS, INK, MUTED, QUIET, color_bar, figure, map_linears
 from mobiquant_jax.analysis.linears import Labels
@@ -16,6 +16,7 @@ from mobiquant_jax.analysis.token_errors import LEVELS, WORST_SHARE, TokenErrors
 
 PERCENT = FuncFormatter(lambda value, _: f"{100 * value:g} %")
 PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
+MULTIPLES = (0.01, 0.03, 0.1, 0.3, 0.5, 1, 1.5, 2, 3, 5, 10, 30, 100, 300, 1000)  # ticks of an error over its median
 
 
 def plot_error_curves(path: str | Path, errors: TokenErrors, labels: Labels) -> None:
@@ -53,7 +54,7 @@ def plot_error_curves(path: str | Path, errors: TokenErrors, labels: Labels) -> 
 
 def plot_error_maps(path: str | Path, errors: TokenErrors, labels: Labels) -> None:
     """Mean relative error of every linear, one map a width on one scale."""
-    percent = 100 * errors.mean
+    percent = 100 * np.asarray(errors.mean)
     norm = LogNorm(vmin=float(percent.min()), vmax=float(percent.max()))
     with figure(path, 1.75 * len(labels.low_bits) + 0.4, len(labels.low_bits), sharex=True) as axes:
         for depth, width in enumerate(labels.low_bits):
@@ -122,9 +123,9 @@ def plot_migration(path: str | Path, squared: Float[np.ndarray, "T E"], labels: 
                     here, error[here], "o", color=ACCENT, markersize=4, label=f"worst tenth at {width} bits only"
                 )
             panel.set_yscale("log")
-            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+            panel.yaxis.set_major_locator(FixedLocator(MULTIPLES))
+            panel.yaxis.set_minor_locator(NullLocator())
             panel.yaxis.set_major_formatter(PLAIN)
-            panel.yaxis.set_minor_formatter(NullFormatter())
             panel.set_ylabel("error / median")
             stay = "" if not depth else f": {len(worst[0] & worst[depth])} of {count} stay"
             panel.set_title(f"{width} bits{stay}", loc="left", fontsize=10)

@@ -1,0 +1,83 @@
+"""Depth tables, knapsacks and static searches against other ways to compute the same."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mobiquant_jax.analysis.depth_table import forward_at, table_bits
+from mobiquant_jax.analysis.knapsack import knapsack
+from mobiquant_jax.analysis.static import StaticSearch, base_depths
+from mobiquant_jax.routing import TableBudget
+
+BITS = (2, 4, 8)
+MODEL_BITS = (4, 8)
+
+
+def test_a_table_gives_each_token_its_depth(model, tokens):
+    """The routers' own depths, written into a table, give the routed model's logits."""
+    policy = TableBudget(bits=jnp.array([5.0, 6.5]))
+
+    @jax.jit
+    def routed(variables):
+        return model.module.apply(variables, tokens, policy, mutable=["stats"])
+
+    logits, state = routed(model.variables)
+    table = np.zeros((2, 7, *tokens.shape), int)
+    for index, path in enumerate(model.config.linear_shapes()):
+        part, name = path.split("/")
+        table[:, index] = np.searchsorted(MODEL_BITS, np.asarray(state["stats"]["layers"][part][name]["bits"][0])) + 1
+    assert {1, 2} == set(np.unique(table))
+    found = jax.jit(lambda variables, table: forward_at(model, variables, tokens, table))(model.variables, table)
+    np.testing.assert_allclose(found, logits, atol=1e-4)
+    sizes = np.array([rows * columns for rows, columns in model.config.linear_shapes().values()], float)
+    used = (np.asarray(MODEL_BITS)[table - 1] * sizes[:, None, None]).sum(1).mean() / sizes.sum()
+    assert float(table_bits(model, jnp.asarray(table))) == pytest.approx(used, rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_knapsack_is_exact(seed):
+    rng = np.random.default_rng([60, seed])
+    costs, sizes = rng.normal(size=(6, 3)), 32 * rng.integers(1, 9, 6)  # costs need not fall with depth
+    for average in (2.0, 2.7, 4.0, 6.1, 8.0):
+        depths = knapsack(costs, sizes, BITS, average)
+        best = min(
+            (sum(costs[i, k] for i, k in enumerate(choice)), choice)
+            for choice in itertools.product(range(3), repeat=6)
+            if np.asarray(BITS)[list(choice)] @ sizes <= average * sizes.sum() + 1e-9
+        )
+        assert tuple(depths - 1) == best[1]
+
+
+def test_knapsack_refuses_what_cannot_be():
+    with pytest.raises(ValueError, match="1.9 bits is below the 2 bits of the first slice"):
+        knapsack(np.zeros((2, 3)), np.array([4, 4]), BITS, 1.9)
+
+
+def test_increases_are_those_of_whole_passes(model, tokens):
+    """The search shares what comes before a layer and batches what comes after; a plain pass does neither."""
+    search = StaticSearch(model=model, tokens=tokens)
+    log_softmax = jax.jit(lambda table: jax.nn.log_softmax(forward_at(model, model.variables, tokens, table)))
+
+    def divergence(table):
+        log_p, log_q = (np.asarray(log_softmax(jnp.asarray(t)), np.float64) for t in (np.full((2, 7), 2), table))
+        return (np.exp(log_p) * (log_p - log_q)).sum(-1).mean()
+
+    assert base_depths(3) == [3, 2, 1] and base_depths(4) == [4, 2, 1] and base_depths(2) == [2, 1]
+    measured = {base: search.increases(base) for base in (1, 2)}
+    for base, increases in measured.items():
+        plain = np.full((2, 7), base)
+        np.testing.assert_array_equal(increases[..., base - 1], 0)
+        for layer, linear in ((0, 0), (0, 6), (1, 3), (1, 5)):
+            table = plain.copy()
+            table[layer, linear] = 3 - base
+            expected = divergence(table) - divergence(plain)
+            assert increases[layer, linear, 2 - base] == pytest.approx(expected, abs=2e-5)
+
+    allocation = search.allocate(list(measured.values()), 5.3)
+    assert float(table_bits(model, jnp.asarray(allocation.table))) <= 5.3
+    assert allocation.divergence == pytest.approx(divergence(allocation.table), abs=1e-5)
+    alone = [search.allocate([increases], 5.3).divergence for increases in measured.values()]
+    assert allocation.divergence <= min(alone)

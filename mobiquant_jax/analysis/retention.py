@@ -59,7 +59,7 @@ def retention_scores(
     slice_bits, scores = elastic_config(steps.model).slice_bits, {}
     for depth in run_depths(len(slice_bits)):
         for name, kept in retained_sets(measured, depth, slice_bits, key).items():
-            table = jnp.where(kept, len(slice_bits), depth)
+            table = jnp.where(kept, len(slice_bits), depth).astype(jnp.int32)
             case = Case(name, float(widths(slice_bits)[depth - 1]))
             scores[case] = steps.tabled(steps.model.variables, tokens, table)
     return scores

@@ -10,31 +10,26 @@ import pytest
 from mobiquant_jax.analysis.depth_table import forward_at, table_bits
 from mobiquant_jax.analysis.knapsack import knapsack
 from mobiquant_jax.analysis.static import StaticSearch, base_depths
-from mobiquant_jax.routing import TableBudget
+from mobiquant_jax.routing import RandomDepth
 
 BITS = (2, 4, 8)
 MODEL_BITS = (4, 8)
 
 
-def test_a_table_gives_each_token_its_depth(model, tokens):
-    """The routers' own depths, written into a table, give the routed model's logits."""
-    policy = TableBudget(bits=jnp.array([5.0, 6.5]))
-
-    @jax.jit
-    def routed(variables):
-        return model.module.apply(variables, tokens, policy, mutable=["stats"])
-
-    logits, state = routed(model.variables)
-    table = np.zeros((2, 7, *tokens.shape), int)
-    for index, path in enumerate(model.config.linear_shapes()):
-        part, name = path.split("/")
-        table[:, index] = np.searchsorted(MODEL_BITS, np.asarray(state["stats"]["layers"][part][name]["bits"][0])) + 1
-    assert {1, 2} == set(np.unique(table))
-    found = jax.jit(lambda variables, table: forward_at(model, variables, tokens, table))(model.variables, table)
-    np.testing.assert_allclose(found, logits, atol=1e-4)
+def test_a_table_gives_each_token_its_depth(model, steps, tokens):
+    """The depths that a policy drew, written into a table, give the same loss and bits."""
+    policy = RandomDepth(bits=jnp.array([5.0, 6.5]))
+    plain, bits = steps.routed(model.variables, tokens, policy, jax.random.key(0))
+    table = np.searchsorted(MODEL_BITS, np.asarray(bits)).astype(np.int32) + 1  # [L, N, B, T]
+    assert table.shape == (2, 7, *tokens.shape) and set(np.unique(table)) == {1, 2}
+    found = steps.tabled(model.variables, tokens, jnp.asarray(table))
+    assert float(found.nll) == pytest.approx(float(plain.nll), rel=1e-5)
     sizes = np.array([rows * columns for rows, columns in model.config.linear_shapes().values()], float)
-    used = (np.asarray(MODEL_BITS)[table - 1] * sizes[:, None, None]).sum(1).mean() / sizes.sum()
-    assert float(table_bits(model, jnp.asarray(table))) == pytest.approx(used, rel=1e-5)
+    used = (np.asarray(bits) * sizes[:, None, None]).sum(axis=1).mean() / sizes.sum()
+    assert float(found.bits) == pytest.approx(used, rel=1e-5)
+    assert float(plain.bits) == pytest.approx(used, rel=1e-5)
+    table[1, 3, 0, :3] = 3 - table[1, 3, 0, :3]
+    assert abs(float(steps.tabled(model.variables, tokens, jnp.asarray(table)).nll) - float(plain.nll)) > 1e-3
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -10,7 +10,7 @@ from mobiquant_jax.analysis.retention import retained_sets, retention_scores
 from mobiquant_jax.analysis.rows import Case, Row, Tally, excess
 from mobiquant_jax.analysis.steps import Score
 from mobiquant_jax.analysis.token_errors import LEVELS, overlap, rank_correlation, summarize, worst_tokens
-from mobiquant_jax.routing import UniformDepth, score
+from mobiquant_jax.routing import RandomDepth, score
 
 RNG_SEED = 80
 
@@ -18,22 +18,22 @@ RNG_SEED = 80
 def test_probe_measures_each_linears_outputs_and_changes_none(model, steps, tokens):
     embedding = np.asarray(model.variables["params"]["embedder"]["embedding"], np.float64)
     layer = jax.tree.map(lambda leaf: leaf[0], {name: model.variables[name]["layers"] for name in ("params", "slices")})
-    stream = embedding[np.asarray(tokens[0])]
+    stream = embedding[np.asarray(tokens)]
     x = stream / np.sqrt((stream**2).mean(-1, keepdims=True) + model.config.rms_norm_eps)
     x = x * np.asarray(layer["params"]["attention_norm"]["scale"], np.float64)  # what q, k and v read
-    found, measured = steps.probed(model.variables, tokens[:1])
+    found, measured = steps.probed(model.variables, tokens)
     for index, name in enumerate(("q_proj", "k_proj", "v_proj")):
         weight = layer["slices"]["attention"][name]["weight"]
         low, full = (x @ np.asarray(weight.dequantize(depth), np.float64) for depth in (1, 2))
         magnitude = np.linalg.norm(full, axis=-1)
         errors = np.linalg.norm(low - full, axis=-1) / magnitude
-        np.testing.assert_allclose(measured.errors[0, index, 0], errors[:, None], rtol=1e-3)
-        np.testing.assert_allclose(measured.magnitude[0, index, 0], magnitude, rtol=1e-4)
-        np.testing.assert_allclose(measured.norm[0, index, 0], np.linalg.norm(x, axis=-1), rtol=1e-4)
+        np.testing.assert_allclose(measured.errors[0, index], errors[..., None], rtol=1e-3)
+        np.testing.assert_allclose(measured.magnitude[0, index], magnitude, rtol=1e-4)
+        np.testing.assert_allclose(measured.norm[0, index], np.linalg.norm(x, axis=-1), rtol=1e-4)
         scores = score(layer["params"]["attention"][name]["router"], jnp.asarray(x, jnp.float32))
-        np.testing.assert_allclose(measured.scores[0, index, 0], scores, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(measured.scores[0, index], scores, rtol=1e-3, atol=1e-4)
 
-    plain, _ = steps.routed(model.variables, tokens[:1], UniformDepth(depth=jnp.array([2])), jax.random.key(0))
+    plain, _ = steps.routed(model.variables, tokens, RandomDepth(bits=jnp.full(2, 8.0)), jax.random.key(0))
     assert float(found.nll) == pytest.approx(float(plain.nll), rel=1e-6) and float(found.bits) == 8.0
 
 
@@ -97,11 +97,11 @@ def test_retention_keeps_the_tokens_it_names(random_probe):
 
 
 def test_retention_runs_every_set(model, steps, tokens):
-    _, measured = steps.probed(model.variables, tokens[:1])
-    scores = retention_scores(steps, tokens[:1], measured, jax.random.key(1))
+    _, measured = steps.probed(model.variables, tokens)
+    scores = retention_scores(steps, tokens, measured, jax.random.key(1))
     names = ("none", "random", "worst at 4 bits", "relatively worst at 4 bits")
     assert list(scores) == [Case(name, 4.0) for name in names]
-    plain, _ = steps.routed(model.variables, tokens[:1], UniformDepth(depth=jnp.array([1])), jax.random.key(0))
+    plain, _ = steps.routed(model.variables, tokens, RandomDepth(bits=jnp.full(2, 4.0)), jax.random.key(0))
     assert float(scores[Case("none", 4.0)].nll) == pytest.approx(float(plain.nll), rel=1e-5)
     for name in names[1:]:
         assert float(scores[Case(name, 4.0)].bits) == pytest.approx(4 + 4 * 2 / 24, rel=1e-5)

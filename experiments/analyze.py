@@ -31,7 +31,7 @@ DATA = flags.DEFINE_string(
 WINDOWS = flags.DEFINE_integer("windows", 4, "most held-out windows to measure", lower_bound=1)
 WINDOW_LENGTH = flags.DEFINE_integer("window_length", None, "tokens a window; default: 512 or the model's context")
 SEARCH_TOKENS = flags.DEFINE_integer(
-    "search_tokens", 128, "calibration tokens on which static depths are searched", lower_bound=2
+    "search_tokens", 64, "calibration tokens on which static depths are searched", lower_bound=2
 )
 BITS = flags.DEFINE_string("bits", "2.5,3,4,5", "average bits at which the router is compared")
 SEED = flags.DEFINE_integer("seed", 0, "of random choices")

@@ -53,14 +53,14 @@ def test_knapsack_refuses_what_cannot_be():
 
 def test_increases_are_those_of_whole_passes(model, tokens):
     """The search shares what comes before a layer and batches what comes after; a plain pass does neither."""
-    search = StaticSearch(model=model, tokens=tokens)
+    rng, search = np.random.default_rng(61), StaticSearch(model=model, tokens=tokens)
     log_softmax = jax.jit(lambda table: jax.nn.log_softmax(forward_at(model, model.variables, tokens, table)))
 
     def divergence(table):
         log_p, log_q = (np.asarray(log_softmax(jnp.asarray(t)), np.float64) for t in (np.full((2, 7), 2), table))
         return (np.exp(log_p) * (log_p - log_q)).sum(-1).mean()
 
-    assert base_depths(3) == [3, 2, 1] and base_depths(4) == [4, 2, 1] and base_depths(2) == [2, 1]
+    assert (base_depths(4), base_depths(3), base_depths(2)) == ([4, 2], [3, 2], [2, 1])
     measured = {base: search.increases(base) for base in (1, 2)}
     for base, increases in measured.items():
         plain = np.full((2, 7), base)
@@ -75,4 +75,9 @@ def test_increases_are_those_of_whole_passes(model, tokens):
     assert float(table_bits(model, jnp.asarray(allocation.table))) <= 5.3
     assert allocation.divergence == pytest.approx(divergence(allocation.table), abs=1e-5)
     alone = [search.allocate([increases], 5.3).divergence for increases in measured.values()]
-    assert allocation.divergence <= min(alone)
+    assert allocation.divergence <= min(*alone, divergence(np.full((2, 7), 1)))
+    misleading = rng.normal(size=(2, 7, 2))
+    misleading[..., 1] += 10  # says that depth costs
+    uniform = search.allocate([misleading], 8.0)
+    np.testing.assert_array_equal(uniform.table, 2)
+    assert uniform.divergence == pytest.approx(0, abs=1e-6)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from absl import flags
-from jaxtyping import Int32
+from jaxtyping import Int
 
 from mobiquant_jax.analysis import Findings, Labels, Study, new_folder, page_bits, write_report
 from mobiquant_jax.calibration.console import clock
@@ -38,6 +38,8 @@ SEED = flags.DEFINE_integer("seed", 0, "of random choices")
 OUTPUT = flags.DEFINE_string("output", None, "folder to make")
 OVERWRITE = flags.DEFINE_boolean("overwrite", False, "replace the analysis in --output")
 
+CHOICE_WINDOWS = 2  # enough to choose among the four allocations of each average
+
 
 def main(_: list[str]) -> None:
     """Loads, measures, writes."""
@@ -51,11 +53,16 @@ def main(_: list[str]) -> None:
         length = WINDOW_LENGTH.value or min(512, context)
         if length > context:
             raise ValueError(f"--window_length={length} exceeds the model's context of {context} tokens")
-        windows = _windows(model, "heldout", length, WINDOWS.value)
-        search_length = min(length, SEARCH_TOKENS.value)
-        search = _windows(model, "calibration", search_length, SEARCH_TOKENS.value // search_length)
+        windows = token_windows(_token_ids(model, "heldout"), length, WINDOWS.value, model.config.vocab_size)
+        search, choice = _calibration_windows(model, length)
         study = Study(
-            model=model, windows=windows, search_windows=search, bits=bits, seed=SEED.value, progress=_progress(start)
+            model=model,
+            windows=windows,
+            search_windows=search,
+            choice_windows=choice,
+            bits=bits,
+            seed=SEED.value,
+            progress=_progress(start),
         )
         findings = study.run()
         about = {
@@ -64,8 +71,9 @@ def main(_: list[str]) -> None:
             "windows": len(windows),
             "window_length": windows.shape[1],
             "search_windows": list(search.shape),
+            "choice_windows": list(choice.shape),
             "seed": SEED.value,
-            "fingerprints": {"windows": fingerprint(windows), "search_windows": fingerprint(search)},
+            "fingerprints": {"windows": fingerprint(windows), "search": fingerprint(search)},
             "provenance": provenance(),
             "seconds": round(time.perf_counter() - start, 1),
             "peak_gb": round(peak_host_bytes() / 1e9, 2),
@@ -74,12 +82,19 @@ def main(_: list[str]) -> None:
     print(Path(OUTPUT.value) / "report.html")
 
 
-def _windows(model: ElasticModel, split: str, length: int, count: int) -> Int32[np.ndarray, "n T"]:
-    ids = load_token_ids(DATA.value, split, model.tokenizer)
-    return token_windows(ids, length, count, model.config.vocab_size)
+def _token_ids(model: ElasticModel, split: str) -> Int[np.ndarray, " N"]:
+    return load_token_ids(DATA.value, split, model.tokenizer)
 
 
-def _text(model: ElasticModel, tokens: Int32[np.ndarray, " T"], findings: Findings) -> TokenBits:
+def _calibration_windows(model: ElasticModel, length: int) -> tuple[Int[np.ndarray, "s S"], Int[np.ndarray, "c T"]]:
+    """Windows of the calibration text, some to search static depths on and, after those, some to choose them on."""
+    ids = _token_ids(model, "calibration")
+    search_length = min(length, SEARCH_TOKENS.value)
+    search = token_windows(ids, search_length, SEARCH_TOKENS.value // search_length, model.config.vocab_size)
+    return search, token_windows(ids[search.size :], length, CHOICE_WINDOWS, model.config.vocab_size)
+
+
+def _text(model: ElasticModel, tokens: Int[np.ndarray, " T"], findings: Findings) -> TokenBits:
     """The first window with the bits of its tokens; their ids where there is no tokenizer."""
     bits = findings.router[page_bits(findings)].token_bits
     if model.tokenizer is None:

@@ -69,4 +69,4 @@ def token_page(token_bits: TokenBits) -> str:
     spans = "".join(span(piece, bits) for piece, bits in zip(token_bits.pieces, token_bits.bits, strict=True))
     stops = ",".join(colors(step / 8)[0] for step in range(9))
     scale = f'<span class="scale" style="background:linear-gradient(90deg,{stops})"></span>'
-    return f'<p class="muted">{low} bits{scale}{high} bits</p>\n<div class="tokens">{spans}</div>'
+    return f'<p class="muted">{low:g} bits{scale}{high:g} bits</p>\n<div class="tokens">{spans}</div>'

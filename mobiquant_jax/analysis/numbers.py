@@ -30,7 +30,7 @@ def findings_json(findings: Findings, labels: Labels) -> dict[str, Any]:
         "retention": rows_json(findings.retention),
         "router_bits": {f"{bits:g}": _nested(use.linear_bits) for bits, use in findings.router.items()},
         "static": {
-            f"{bits:g}": {"depths": allocation.table.tolist(), "search_divergence": allocation.divergence}
+            f"{bits:g}": {"depths": allocation.table.tolist(), "divergence": _finite(allocation.divergence)}
             for bits, allocation in findings.static.items()
         },
         "token_errors": jax.tree.map(_nested, vars(findings.errors)),

@@ -70,7 +70,7 @@ def spread_over_tokens(
     """Costs for `joint_oracle`: what each linear adds to the loss, shared out by its tokens' squared errors.
 
     Args:
-        increases: of the loss by each linear at each depth, as `StaticSearch` measures them.
+        increases: of the loss by each linear at each depth, as `Sensitivity` measures them.
         squared: squared output errors, zero at full depth.
     """
     above_full = jnp.maximum(increases - increases[..., -1:], 0.0)[:, :, None, None]

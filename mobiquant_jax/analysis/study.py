@@ -12,7 +12,8 @@ from mobiquant_jax.analysis.comparison import ROUTER, Rivals
 from mobiquant_jax.analysis.linears import elastic_config, linear_shares
 from mobiquant_jax.analysis.retention import retention_scores
 from mobiquant_jax.analysis.rows import Case, Row, Tally
-from mobiquant_jax.analysis.static import Allocation, StaticSearch, base_depths
+from mobiquant_jax.analysis.sensitivity import Sensitivity
+from mobiquant_jax.analysis.static import Allocation, allocate, base_depths
 from mobiquant_jax.analysis.steps import Steps
 from mobiquant_jax.analysis.token_errors import TokenErrors, squared_errors, summarize
 from mobiquant_jax.evaluation import check_bits
@@ -67,6 +68,7 @@ class Study:
         model: an elastic model.
         windows: tokens that everything is measured on.
         search_windows: other tokens, on which static allocations are found.
+        choice_windows: tokens, others again, on which the best of them are chosen.
         bits: average bits at which the router is compared.
         seed: of random choices.
         progress: called with a line for each finished step.
@@ -75,6 +77,7 @@ class Study:
     model: ElasticModel
     windows: Int[np.ndarray, "n T"]
     search_windows: Int[np.ndarray, "s S"]
+    choice_windows: Int[np.ndarray, "c T"]
     bits: Sequence[float]
     seed: int = 0
     progress: Callable[[str], None] = lambda line: None
@@ -118,15 +121,17 @@ class Study:
 
     def _search(self, budgets: dict[float, float]) -> dict[float, Allocation]:
         """Static allocations within the bits that the router used."""
-        search = StaticSearch(model=self.model, tokens=jnp.asarray(self.search_windows))
+        sensitivity = Sensitivity(model=self.model, tokens=jnp.asarray(self.search_windows))
         layers, measured = self.model.config.num_hidden_layers, []
         for base in base_depths(len(elastic_config(self.model).slice_bits)):
 
             def show(layer: int, base: int = base) -> None:
                 self.progress(f"static depths: layer {layer + 1}/{layers} around depth {base}")
 
-            measured.append(search.increases(base, show))
-        return {asked: search.allocate(measured, bits) for asked, bits in budgets.items()}
+            measured.append(sensitivity.around(base, show))
+        found = allocate(self.model, measured, self.choice_windows, list(budgets.values()))
+        self.progress("static depths: chosen")
+        return dict(zip(budgets, found, strict=True))
 
     def _measure(
         self,

@@ -57,10 +57,11 @@ class TokenBits:
             raise ValueError(f"{len(self.pieces)} tokens but {len(self.bits)} values of bits; at least one is needed")
 
     @property
-    def scale(self) -> tuple[int, int]:
-        """Whole bits that enclose all tokens'."""
-        low, high = math.floor(min(self.bits)), math.ceil(max(self.bits))
-        return low, max(high, low + 1)
+    def scale(self) -> tuple[float, float]:
+        """Whole bits that enclose all tokens', or tenths where they differ by less than one."""
+        unit = 1 if max(self.bits) - min(self.bits) >= 1 else 10
+        low, high = math.floor(min(self.bits) * unit), math.ceil(max(self.bits) * unit)
+        return low / unit, max(high, low + 1) / unit
 
 
 def measure_token_bits(model: LanguageModel, tokenizer: TextCodec, text: str, bits: float) -> TokenBits:
@@ -131,7 +132,7 @@ def format_token_bits(token_bits: TokenBits, stream: TextIO = sys.stdout) -> str
     words = [painted(piece, (b - low) / (high - low)) for piece, b in zip(pieces, token_bits.bits, strict=True)]
     steps = len(ANSI_COLORS) - 1
     legend = "".join(painted("  ", step / steps) for step in range(steps + 1))
-    return f"{''.join(words)}\n{low} {legend} {high} bits"
+    return f"{''.join(words)}\n{low:g} {legend} {high:g} bits"
 
 
 def plot_token_bits(path: str | Path, token_bits: TokenBits, title: str) -> None:
@@ -161,8 +162,8 @@ def plot_token_bits(path: str | Path, token_bits: TokenBits, title: str) -> None
             axes.text(box.x + PADDING, baseline, box.text, fontsize=FONT_SIZE, color=ink, parse_math=False)
         gradient = np.array([[to_rgb(colors(part)[0]) for part in np.linspace(0, 1, 256)]])  # [1, 256, 3]
         axes.imshow(gradient, extent=(0, 180, bottom + 20, bottom + 10), aspect="auto")
-        axes.text(0, bottom + 34, f"{low} bits", fontsize=9, color=INK)
-        axes.text(180, bottom + 34, f"{high} bits", fontsize=9, color=INK, ha="right")
+        axes.text(0, bottom + 34, f"{low:g} bits", fontsize=9, color=INK)
+        axes.text(180, bottom + 34, f"{high:g} bits", fontsize=9, color=INK, ha="right")
         mean = f"average of these tokens: {np.mean(token_bits.bits):.2f} bits"
         axes.text(200, bottom + 19, mean, fontsize=9, color=INK)
         axes.set(xlim=(-MARGIN, TEXT_WIDTH + MARGIN), ylim=(bottom + FOOT, -HEAD))

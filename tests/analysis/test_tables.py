@@ -9,7 +9,8 @@ import pytest
 
 from mobiquant_jax.analysis.depth_table import forward_at, table_bits
 from mobiquant_jax.analysis.knapsack import knapsack
-from mobiquant_jax.analysis.static import StaticSearch, base_depths
+from mobiquant_jax.analysis.sensitivity import Sensitivity
+from mobiquant_jax.analysis.static import allocate, base_depths, candidates
 from mobiquant_jax.routing import RandomDepth
 
 BITS = (2, 4, 8)
@@ -51,19 +52,24 @@ def test_knapsack_refuses_what_cannot_be():
         knapsack(np.zeros((2, 3)), np.array([4, 4]), BITS, 1.9)
 
 
-def test_increases_are_those_of_whole_passes(model, tokens):
-    """The search shares what comes before a layer and batches what comes after; a plain pass does neither."""
-    rng, search = np.random.default_rng(61), StaticSearch(model=model, tokens=tokens)
-    log_softmax = jax.jit(lambda table: jax.nn.log_softmax(forward_at(model, model.variables, tokens, table)))
+@pytest.fixture(scope="module")
+def divergence(model, tokens):
+    """``(table, tokens) -> float``: from whole passes, in float64."""
+    log_softmax = jax.jit(lambda tokens, table: jax.nn.log_softmax(forward_at(model, model.variables, tokens, table)))
 
-    def divergence(table):
-        log_p, log_q = (np.asarray(log_softmax(jnp.asarray(t)), np.float64) for t in (np.full((2, 7), 2), table))
+    def measure(table, tokens=tokens):
+        full = np.full((2, 7), 2)
+        log_p, log_q = (np.asarray(log_softmax(tokens, jnp.asarray(t)), np.float64) for t in (full, table))
         return (np.exp(log_p) * (log_p - log_q)).sum(-1).mean()
 
-    assert (base_depths(4), base_depths(3), base_depths(2)) == ([4, 2], [3, 2], [2, 1])
-    measured = {base: search.increases(base) for base in (1, 2)}
-    for base, increases in measured.items():
-        plain = np.full((2, 7), base)
+    return measure
+
+
+def test_increases_are_those_of_whole_passes(model, tokens, divergence):
+    """The measurement shares what comes before a layer and batches what comes after; a plain pass does neither."""
+    sensitivity = Sensitivity(model=model, tokens=tokens)
+    for base in (1, 2):
+        increases, plain = sensitivity.around(base), np.full((2, 7), base)
         np.testing.assert_array_equal(increases[..., base - 1], 0)
         for layer, linear in ((0, 0), (0, 6), (1, 3), (1, 5)):
             table = plain.copy()
@@ -71,13 +77,19 @@ def test_increases_are_those_of_whole_passes(model, tokens):
             expected = divergence(table) - divergence(plain)
             assert increases[layer, linear, 2 - base] == pytest.approx(expected, abs=2e-5)
 
-    allocation = search.allocate(list(measured.values()), 5.3)
-    assert float(table_bits(model, jnp.asarray(allocation.table))) <= 5.3
-    assert allocation.divergence == pytest.approx(divergence(allocation.table), abs=1e-5)
-    alone = [search.allocate([increases], 5.3).divergence for increases in measured.values()]
-    assert allocation.divergence <= min(*alone, divergence(np.full((2, 7), 1)))
-    misleading = rng.normal(size=(2, 7, 2))
-    misleading[..., 1] += 10  # says that depth costs
-    uniform = search.allocate([misleading], 8.0)
-    np.testing.assert_array_equal(uniform.table, 2)
-    assert uniform.divergence == pytest.approx(0, abs=1e-6)
+
+def test_the_best_candidate_is_chosen(model, tokens, divergence):
+    assert (base_depths(4), base_depths(3), base_depths(2)) == ([4, 2], [3, 2], [2, 1])
+    rng = np.random.default_rng(61)
+    measured = [rng.exponential(size=(2, 7, 2)) * [1, 0.1] for _ in range(2)]
+    measured[1] *= 20
+    budgets = [4.7, 6.2]
+    found = allocate(model, measured, np.asarray(tokens), budgets)
+    np.testing.assert_array_equal(list(candidates(model, measured, 8.0))[-1].table, 2)
+    for bits, allocation in zip(budgets, found, strict=True):
+        tried = [candidate.table for candidate in candidates(model, measured, bits)]
+        assert len(tried) == 4 and np.all(tried[-1] == 1)
+        assert all(float(table_bits(model, jnp.asarray(table))) <= bits + 1e-5 for table in tried)
+        losses = [np.mean([divergence(table, window[None]) for window in tokens]) for table in tried]
+        assert allocation.divergence == pytest.approx(min(losses), abs=1e-5)
+        np.testing.assert_array_equal(allocation.table, tried[int(np.argmin(losses))])

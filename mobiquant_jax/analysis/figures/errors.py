@@ -16,6 +16,7 @@ from mobiquant_jax.analysis.token_errors import LEVELS, WORST_SHARE, TokenErrors
 
 PERCENT = FuncFormatter(lambda value, _: f"{100 * value:g} %")
 PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
+SHOWN = (0.005, 0.995)  # quantiles of the errors that set a panel's limits; what lies beyond is drawn at its edge
 MULTIPLES = (0.01, 0.03, 0.1, 0.3, 0.5, 1, 1.5, 2, 3, 5, 10, 30, 100, 300, 1000)  # ticks of an error over its median
 
 
@@ -42,11 +43,10 @@ def plot_error_curves(path: str | Path, errors: TokenErrors, labels: Labels) -> 
             panel.xaxis.set_major_formatter(PercentFormatter(1.0))
             panel.set_xticks([0, 0.5, 1.0])
             panel.grid(axis="y", color=QUIET, linewidth=0.6)
-        for index, panel in enumerate(axes.flat):
-            panel.axis("on" if index < len(labels.linears) else "off")
-            if index + columns >= len(labels.linears):
-                panel.tick_params(labelbottom=True)
-                panel.set_xlabel("tokens, best to worst", fontsize=8)
+        for panel in axes.flat[len(labels.linears) :]:
+            panel.axis("off")
+        for panel in axes[-1]:
+            panel.set_xlabel("tokens, best to worst", fontsize=8)
         axes.flat[-1].legend(*axes.flat[0].get_legend_handles_labels(), frameon=False, loc="center", fontsize=10)
         for panel in axes[:, 0]:
             panel.set_ylabel("error / output")
@@ -114,6 +114,8 @@ def plot_migration(path: str | Path, squared: Float[np.ndarray, "T E"], labels: 
         for depth, width in enumerate(bits):
             panel = axes[depth, 0]
             error = np.sqrt(squared[:, depth] / np.median(squared[:, depth]))
+            low, high = np.quantile(error, SHOWN)  # an attention sink would leave no room for the others
+            error = np.clip(error, low / 1.1, high * 1.1)
             first, here = sorted(worst[0]), sorted(worst[depth] - worst[0])
             panel.vlines(range(len(error)), 1, error, color=QUIET, linewidth=0.6)
             panel.plot(error, ".", color=MUTED, markersize=2)

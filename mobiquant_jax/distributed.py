@@ -21,8 +21,8 @@ from jax.experimental import multihost_utils
 flags.disclaim_key_flags()
 
 CONNECT_SECONDS = 45  # how long processes wait for each other at the start
-# After so long without a sign of life a process counts as dead, and after so long a wait of one that has ended, so do the
-# others; all end then.
+# After so long without a sign of life a process counts as dead, and after so long a wait of one that has ended, so do
+# the others; all end then.
 HEARTBEAT_SECONDS = 20
 EXIT_MISSING = 2
 

@@ -30,6 +30,7 @@ from mobiquant_jax.benchmark import (
 from mobiquant_jax.benchmark.table import Row
 from mobiquant_jax.config_flags import define_config, run, whole_numbers
 from mobiquant_jax.experiment import load_architecture, load_elastic
+from mobiquant_jax.files import save_text
 from mobiquant_jax.provenance import provenance
 from mobiquant_jax.serving.random_weights import check_packable
 
@@ -85,7 +86,7 @@ def main(_: list[str]) -> None:
         sys.exit(1)
     finally:
         if OUTPUT.value and table.sections:
-            Path(OUTPUT.value).with_suffix(".md").write_text(markdown(table.content()))
+            save_text(Path(OUTPUT.value).with_suffix(".md"), markdown(table.content()))
 
 
 def _show(section: str, row: Row) -> None:

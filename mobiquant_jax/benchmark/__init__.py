@@ -20,6 +20,6 @@ __all__ = [
     "missing_rows",
     "open_table",
     "plan",
-    "summary",
     "read_table",
+    "summary",
 ]

@@ -7,7 +7,6 @@ from jax.stages import Compiled
 
 from mobiquant_jax.models.kv_cache import KVCache
 from mobiquant_jax.serving import PackedModel, device_bytes
-from mobiquant_jax.serving.dense import DenseModel
 
 
 def describe_weights(model: PackedModel) -> dict[str, float]:
@@ -24,20 +23,13 @@ def describe_weights(model: PackedModel) -> dict[str, float]:
     }
 
 
-def program_memory(program: Compiled) -> dict[str, float | None]:
-    """What XLA says of a program: all its memory, what of it is scratch, and the bytes that its operations access.
-
-    A copied weight would show in the scratch, ``temp_MB``. XLA counts the body of a loop once and a custom call, such
-    as our CUDA kernels, as nothing; see `bytes_counted`.
-    """
+def program_memory(program: Compiled) -> dict[str, float]:
+    """What XLA says of a program: all its memory, and what of it is scratch, where a copied weight would show."""
     memory: Any = program.memory_analysis()
-    cost = program.cost_analysis() or {}
     inputs = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    accessed = cost.get("bytes accessed")
     return {
         "memory_GB": (inputs + memory.temp_size_in_bytes) / 1e9,
         "temp_MB": memory.temp_size_in_bytes / 1e6,
-        "xla_GB": None if accessed is None else accessed / 1e9,
     }
 
 
@@ -50,13 +42,6 @@ def bytes_needed(model: PackedModel, cache: KVCache, bits: float) -> float:
         bits: average bits of the weights read; a dense model's do not vary.
     """
     return _head(model) + _around(model, cache) + sum(_kernels(site, bits) for site in model.variables.sites.values())
-
-
-def bytes_counted(model: PackedModel, cache: KVCache) -> float:
-    """`bytes_needed` as XLA counts: without our kernels' and for one layer where layers are a loop."""
-    if isinstance(model, DenseModel):
-        return bytes_needed(model, cache, 0.0)
-    return _head(model) + _around(model, cache) / model.config.num_hidden_layers
 
 
 def peak_memory() -> float | None:

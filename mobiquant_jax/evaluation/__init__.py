@@ -9,10 +9,18 @@ from mobiquant_jax.evaluation.perplexity import (
     evaluate_perplexity,
     parse_bits,
     perplexity_curve,
+    perplexity_of,
     perplexity_step,
+    summed_nll,
 )
 from mobiquant_jax.evaluation.report import curve_rows, format_table, markdown_table, plot_curve, write_json
-from mobiquant_jax.evaluation.token_bits import TokenBits, format_token_bits, measure_token_bits, plot_token_bits
+from mobiquant_jax.evaluation.token_bits import (
+    TokenBits,
+    format_token_bits,
+    measure_token_bits,
+    plot_token_bits,
+    split_text,
+)
 from mobiquant_jax.files import save_json
 
 __all__ = [
@@ -30,9 +38,12 @@ __all__ = [
     "measure_token_bits",
     "parse_bits",
     "perplexity_curve",
+    "perplexity_of",
     "perplexity_step",
     "plot_curve",
     "plot_token_bits",
     "save_json",
+    "split_text",
+    "summed_nll",
     "write_json",
 ]

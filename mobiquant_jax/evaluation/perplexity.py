@@ -73,11 +73,8 @@ def parse_bits(text: str) -> list[float]:
 def perplexity_step(model: LanguageModel) -> StepFn:
     """Builds the jitted scoring of one batch of windows.
 
-    The logits stay on the device: what comes back are two numbers a window. With logits l and targets y,
-
-        nll_b = sum_{t < T-1} logsumexp(l_bt) - l_bt[y_b(t+1)]
-
-    Bits are traced, so that the step compiles once per shape of ``tokens``, whatever the bits.
+    The logits stay on the device: what comes back are two numbers a window. Bits are traced, so that the step compiles
+    once per shape of ``tokens``, whatever the bits.
 
     Args:
       model: its ``forward`` is compiled in; its variables are an argument of the step.
@@ -90,14 +87,29 @@ def perplexity_step(model: LanguageModel) -> StepFn:
     def step(variables: Any, tokens: Array, bits: Array) -> tuple[Array, Array]:
         with jax.default_matmul_precision("float32"):  # a GPU or TPU would round float32 inputs
             logits, token_bits = model.forward(variables, tokens, bits)
-        with jax.named_scope("nll"):
-            logits = logits.astype(jnp.float32)  # [B, T, V]
-            targets = jnp.roll(tokens, -1, axis=1)  # [B, T]; the last one of a window is never scored
-            log_z = jax.nn.logsumexp(logits, axis=-1)  # [B, T]
-            nll = log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]  # [B, T]
-        return jnp.sum(nll[:, :-1], axis=1), jnp.mean(token_bits.astype(jnp.float32), axis=1)
+        return summed_nll(logits, tokens), jnp.mean(token_bits.astype(jnp.float32), axis=1)
 
     return step
+
+
+def summed_nll(logits: Float[Array, "B T V"], tokens: Int[Array, "B T"]) -> Float[Array, " B"]:
+    """Negative log-likelihood of each window's predictions, in nats.
+
+    With logits l and tokens y,
+
+        nll_b = sum_{t < T-1} logsumexp(l_bt) - l_bt[y_b(t+1)]
+    """
+    with jax.named_scope("nll"):
+        logits = logits.astype(jnp.float32)
+        targets = jnp.roll(tokens, -1, axis=1)  # [B, T]; the last one of a window is never scored
+        log_z = jax.nn.logsumexp(logits, axis=-1)  # [B, T]
+        nll = log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]  # [B, T]
+        return jnp.sum(nll[:, :-1], axis=1)
+
+
+def perplexity_of(mean_nll: float) -> float:
+    """exp, with infinity for what a float64 cannot hold."""
+    return math.inf if mean_nll > math.log(np.finfo(np.float64).max) else math.exp(mean_nll)
 
 
 def evaluate_perplexity(
@@ -144,15 +156,10 @@ def evaluate_perplexity(
     return PerplexityResult(
         bits=bits if model.is_elastic else None,
         measured_bits=float(used_bits.mean()),
-        perplexity=_exp(nll.sum() / predictions),
+        perplexity=perplexity_of(nll.sum() / predictions),
         tokens=predictions,
         seconds=time.perf_counter() - start,
     )
-
-
-def _exp(mean_nll: float) -> float:
-    """exp, with infinity for what a float64 cannot hold."""
-    return math.inf if mean_nll > math.log(np.finfo(np.float64).max) else math.exp(mean_nll)
 
 
 def perplexity_curve(

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.textpath import TextPath
@@ -56,6 +57,13 @@ class TokenBits:
         if not self.pieces or len(self.pieces) != len(self.bits):
             raise ValueError(f"{len(self.pieces)} tokens but {len(self.bits)} values of bits; at least one is needed")
 
+    @property
+    def scale(self) -> tuple[float, float]:
+        """Whole bits that enclose all tokens', or tenths where they differ by less than one."""
+        unit = 1 if max(self.bits) - min(self.bits) >= 1 else 10
+        low, high = math.floor(min(self.bits) * unit), math.ceil(max(self.bits) * unit)
+        return low / unit, max(high, low + 1) / unit
+
 
 def measure_token_bits(model: LanguageModel, tokenizer: TextCodec, text: str, bits: float) -> TokenBits:
     """Runs a text through a model and notes the bits of every token.
@@ -67,8 +75,7 @@ def measure_token_bits(model: LanguageModel, tokenizer: TextCodec, text: str, bi
       bits: target average bits in [2, 8].
 
     Returns:
-      The tokens and their bits. Tokens that end inside a character of several bytes are joined with those that
-      complete it.
+      The tokens and their bits, as `split_text` cuts them.
 
     Raises:
       ValueError: bits outside [2, 8], or a text without tokens.
@@ -78,7 +85,21 @@ def measure_token_bits(model: LanguageModel, tokenizer: TextCodec, text: str, bi
         raise ValueError(f"the text {text!r} has no tokens")
     request = jnp.full(1, check_bits(bits), jnp.float32)
     _, token_bits = jax.jit(model.forward)(model.variables, jnp.asarray(ids, jnp.int32)[None], request)
-    used = distributed.fetch(token_bits)[0].astype(np.float64)  # [N]
+    return split_text(tokenizer, ids, distributed.fetch(token_bits)[0].astype(np.float64))
+
+
+def split_text(tokenizer: TextCodec, ids: Int[np.ndarray, " N"], used: Float[np.ndarray, " N"]) -> TokenBits:
+    """Cuts the text of token ids into pieces that can be shown.
+
+    Args:
+      tokenizer: which made the ids.
+      ids: a text's tokens, at least one.
+      used: average bits of each.
+
+    Returns:
+      The tokens and their bits. Tokens that end inside a character of several bytes are joined with those that
+      complete it.
+    """
     pieces, piece_bits, start, shown = [], [], 0, ""
     for end in range(1, len(ids) + 1):
         decoded = tokenizer.decode(ids[:end])
@@ -103,7 +124,7 @@ def format_token_bits(token_bits: TokenBits, stream: TextIO = sys.stdout) -> str
     pieces = [re.sub(r"\s*\n\s*", " ", piece) for piece in token_bits.pieces]
     if not stream.isatty():
         return "".join(f"{piece}[{bits:.1f}]" for piece, bits in zip(pieces, token_bits.bits, strict=True))
-    low, high = _scale(token_bits)
+    low, high = token_bits.scale
 
     def painted(text: str, fraction: float) -> str:
         color = ANSI_COLORS[round(fraction * (len(ANSI_COLORS) - 1))]
@@ -112,7 +133,7 @@ def format_token_bits(token_bits: TokenBits, stream: TextIO = sys.stdout) -> str
     words = [painted(piece, (b - low) / (high - low)) for piece, b in zip(pieces, token_bits.bits, strict=True)]
     steps = len(ANSI_COLORS) - 1
     legend = "".join(painted("  ", step / steps) for step in range(steps + 1))
-    return f"{''.join(words)}\n{low} {legend} {high} bits"
+    return f"{''.join(words)}\n{low:g} {legend} {high:g} bits"
 
 
 def plot_token_bits(path: str | Path, token_bits: TokenBits, title: str) -> None:
@@ -125,12 +146,7 @@ def plot_token_bits(path: str | Path, token_bits: TokenBits, title: str) -> None
       token_bits: the text.
       title: a line above the picture.
     """
-    low, high = _scale(token_bits)
-
-    def color(bits: float) -> tuple[float, ...]:
-        start, stop = COLORMAP_RANGE
-        return COLORMAP(start + (stop - start) * (bits - low) / (high - low))
-
+    low, high = token_bits.scale
     with matplotlib.rc_context(STYLE):
         boxes = _layout(token_bits.pieces)
         bottom = (boxes[-1].line + 1) * LINE_HEIGHT  # points below the top of the first line
@@ -141,18 +157,25 @@ def plot_token_bits(path: str | Path, token_bits: TokenBits, title: str) -> None
         axes.text(0, -HEAD / 2, title, fontsize=11, color=INK, parse_math=False)
         for box, bits in zip(boxes, token_bits.bits, strict=True):
             top = box.line * LINE_HEIGHT
-            axes.add_patch(Rectangle((box.x, top), box.width, BOX_HEIGHT, facecolor=color(bits), edgecolor="white"))
-            ink = "white" if np.dot(color(bits)[:3], LUMINANCE) < 0.5 else INK
+            paper, ink = colors((bits - low) / (high - low))
+            axes.add_patch(Rectangle((box.x, top), box.width, BOX_HEIGHT, facecolor=paper, edgecolor="white"))
             baseline = top + 0.68 * BOX_HEIGHT
             axes.text(box.x + PADDING, baseline, box.text, fontsize=FONT_SIZE, color=ink, parse_math=False)
-        gradient = np.array([[color(bits)[:3] for bits in np.linspace(low, high, 256)]])  # [1, 256, 3]
+        gradient = np.array([[to_rgb(colors(part)[0]) for part in np.linspace(0, 1, 256)]])  # [1, 256, 3]
         axes.imshow(gradient, extent=(0, 180, bottom + 20, bottom + 10), aspect="auto")
-        axes.text(0, bottom + 34, f"{low} bits", fontsize=9, color=INK)
-        axes.text(180, bottom + 34, f"{high} bits", fontsize=9, color=INK, ha="right")
+        axes.text(0, bottom + 34, f"{low:g} bits", fontsize=9, color=INK)
+        axes.text(180, bottom + 34, f"{high:g} bits", fontsize=9, color=INK, ha="right")
         mean = f"average of these tokens: {np.mean(token_bits.bits):.2f} bits"
         axes.text(200, bottom + 19, mean, fontsize=9, color=INK)
         axes.set(xlim=(-MARGIN, TEXT_WIDTH + MARGIN), ylim=(bottom + FOOT, -HEAD))
         figure.savefig(path)
+
+
+def colors(fraction: float) -> tuple[str, str]:
+    """Hexadecimal colours of a box and of the text in it, by its place between the ends of the scale."""
+    start, stop = COLORMAP_RANGE
+    paper = COLORMAP(start + (stop - start) * fraction)
+    return to_hex(paper), "#ffffff" if np.dot(paper[:3], LUMINANCE) < 0.5 else INK
 
 
 class _Box(NamedTuple):
@@ -197,9 +220,3 @@ def _breaks_between(piece: str, following: str) -> bool:
 def _text_width(text: str) -> float:
     """Width of a text in points; "$" would start mathematics."""
     return TextPath((0, 0), text.replace("$", "S"), size=FONT_SIZE).get_extents().x1 if text else 0.0
-
-
-def _scale(token_bits: TokenBits) -> tuple[int, int]:
-    """Whole bits that enclose all tokens'."""
-    low, high = math.floor(min(token_bits.bits)), math.ceil(max(token_bits.bits))
-    return low, max(high, low + 1)

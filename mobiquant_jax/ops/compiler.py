@@ -5,7 +5,9 @@ on the sources, the compiler's flags and XLA's headers, so that another version 
 """
 
 import ctypes
+import functools
 import hashlib
+import logging
 import os
 import shutil
 import site
@@ -63,20 +65,36 @@ def compile_library(source: Path, definitions: tuple[str, ...] = ()) -> Path:
     Raises:
         NotImplementedError: no compiler, or it failed.
     """
+    outcome = _compile(source, definitions, _cache_folder(), find_nvcc())
+    if isinstance(outcome, str):
+        raise NotImplementedError(outcome)
+    return outcome
+
+
+@functools.cache  # a failure too: every trace of every layer asks again
+def _compile(source: Path, definitions: tuple[str, ...], folder: Path, nvcc: str | None) -> Path | str:
+    """The library, or why there is none, which is also logged."""
+    try:
+        return _compile_now(source, definitions, folder, nvcc)
+    except NotImplementedError as reason:
+        logging.getLogger(__name__).warning("%s is not used: %s", source.name, reason)
+        return str(reason)
+
+
+def _compile_now(source: Path, definitions: tuple[str, ...], folder: Path, nvcc: str | None) -> Path:
     include = Path(jax.ffi.include_dir())
     flags = (*_FLAGS, *(f"-D{definition}" for definition in definitions))
     digest = hashlib.sha256(repr((source.name, flags)).encode())
     for file in (*sorted(_sources(source)), *sorted(include.rglob("*.h"))):
         digest.update(file.name.encode() + file.read_bytes())
-    target = _cache_folder() / f"{source.stem}_{digest.hexdigest()[:16]}.so"
+    target = folder / f"{source.stem}_{digest.hexdigest()[:16]}.so"
     if target.is_file():
         return target
-    nvcc = find_nvcc()
     if nvcc is None:
         raise NotImplementedError("no nvcc to build the CUDA kernels with")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        made = Path(folder) / target.name
+    with tempfile.TemporaryDirectory(dir=target.parent) as unfinished:
+        made = Path(unfinished) / target.name
         libraries = Path(nvcc).parents[1] / "lib"  # of the package; a toolkit finds its own
         command = [nvcc, *flags, f"-I{include}", f"-L{libraries}", "-o", str(made), str(source)]
         result = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -45,6 +45,8 @@ def decode_attention(
     Raises:
         NotImplementedError: see `check_supported`.
     """
+    if qkv.shape[1] != key.shape[1]:
+        raise ValueError(f"projections {qkv.shape} and a cache {key.shape} of other batches")
     check_supported(qkv.shape[-1], key)
     _, batch, _, kv_heads, head_dim = key.shape
     heads = qkv.shape[-1] - 2 * kv_heads * head_dim
@@ -52,12 +54,20 @@ def decode_attention(
     out = jax.ShapeDtypeStruct((batch, heads), jnp.bfloat16)
     call = jax.ffi.ffi_call(_TARGET, (cache, cache, out), input_output_aliases={5: 0, 6: 1})
     with jax.named_scope("attention"):
-        key, value, mixed = call(qkv, cosine, sine, positions, jnp.asarray(layer, jnp.int32), key, value)
+        key, value, mixed = call(
+            qkv, cosine, sine, positions.astype(jnp.int32), jnp.asarray(layer, jnp.int32), key, value
+        )
     return mixed, key, value
 
 
 def check_supported(qkv: int, key: Float[Array, "L B S Hkv hd"]) -> None:
     """Raises NotImplementedError, saying why, where the kernel cannot run on projections of this size."""
+    check_shapes(qkv, key)
+    _register()
+
+
+def check_shapes(qkv: int, key: Float[Array, "L B S Hkv hd"]) -> None:
+    """`check_supported`, without building the kernel."""
     kv_heads, head_dim = key.shape[3:]
     group = qkv // (kv_heads * head_dim) - 2
     compiler.check_hopper()
@@ -65,7 +75,6 @@ def check_supported(qkv: int, key: Float[Array, "L B S Hkv hd"]) -> None:
         raise NotImplementedError(f"the CUDA attention kernel reads a bfloat16 cache, not {key.dtype}")
     if head_dim not in _HEAD_SIZES or group not in _GROUPS:
         raise NotImplementedError(f"the CUDA attention kernel has no heads of {head_dim} in groups of {group}")
-    _register()
 
 
 @functools.cache

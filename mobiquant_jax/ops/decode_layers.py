@@ -1,8 +1,8 @@
 """All layers of a decode step on Hopper GPUs, for up to 16 sequences of one new token each.
 
-A step at two bits reads a gigabyte in 0.3 ms, and XLA's gaps between a few hundred small programs take longer than
-that. ``cuda/decode_layers.cu`` launches nine kernels a layer, each before the one before it has ended: routing with the
-norm or gate that makes its input (``route.cuh``), the product (``decode.cuh``), attention (``attention.cuh``).
+The gaps between XLA's few hundred small programs take longer than the reading at two bits.
+``cuda/decode_layers.cu`` launches nine kernels a layer, each before the one before it has ended: routing with the norm
+or gate that makes its input (``route.cuh``), the product (``decode.cuh``), attention (``attention.cuh``).
 """
 
 import functools
@@ -22,8 +22,6 @@ from mobiquant_jax.routing import FusedRouter
 
 SOURCE = Path(compiler.__file__).parent / "cuda" / "decode_layers.cu"
 _WIDTHS = (8, 16, 32, 64)  # hidden units of a router
-_RANKS, _TOKENS, _WARPS, _SCORES = 16, 2, 8, 3  # of cuda/route.cuh
-_SHARED_BYTES = 227 * 1024
 _ENDS = ("qkv_ends", "o_ends", "gate_up_ends", "down_ends")
 
 
@@ -84,6 +82,8 @@ def decode_layers(
     Raises:
         NotImplementedError: see `check_supported`.
     """
+    if x.shape[0] != key.shape[1]:
+        raise ValueError(f"tokens {x.shape} and a cache {key.shape} of other batches")
     check_supported(x.shape[0], key, sites)
     batch, hidden = x.shape
     widest = max(site.weight.in_features for site in sites)
@@ -113,7 +113,7 @@ def decode_layers(
 
 def check_supported(batch: int, key: Float[Array, "L B S Hkv hd"], sites: Sequence[RoutedLinears]) -> None:
     """Raises NotImplementedError, saying why, where the kernels cannot run."""
-    decode_attention.check_supported(sum(sites[0].weight.segments), key)
+    decode_attention.check_shapes(sum(sites[0].weight.segments), key)
     if batch > gpu.DECODE_TOKENS:
         raise NotImplementedError(f"the CUDA decode step takes {gpu.DECODE_TOKENS} sequences, not {batch}")
     for site in sites:
@@ -125,8 +125,8 @@ def check_supported(batch: int, key: Float[Array, "L B S Hkv hd"], sites: Sequen
             raise NotImplementedError(f"the CUDA decode step has no router of {width} units on {inputs} inputs")
         if any(outputs % TILE_OUTPUTS for outputs in site.weight.segments):
             raise NotImplementedError(f"the CUDA decode step takes no linears of {site.weight.segments} outputs")
-        if _shared_bytes(inputs, width) > _SHARED_BYTES:
-            raise NotImplementedError(f"routers of {inputs} inputs exceed a thread block's shared memory")
+        if gpu.groups_per_block(site.weight) != gpu.groups_per_block(sites[0].weight):
+            raise NotImplementedError("the CUDA decode step takes one group size")
     _register(gpu.groups_per_block(sites[0].weight))
 
 
@@ -144,13 +144,6 @@ def _arrays(site: RoutedLinears) -> tuple[Array, ...]:
 
 def _ends(site: RoutedLinears) -> np.ndarray:
     return np.cumsum(np.array(site.weight.segment_tiles, np.int64))
-
-
-def _shared_bytes(inputs: int, width: int) -> int:
-    """``RouteShape::total`` of cuda/route.cuh."""
-    share = -(-inputs // (8 * _RANKS)) * 8
-    router = 4 * (width * (2 + _SCORES) + _SCORES + _TOKENS)
-    return 4 * share + router + _TOKENS * (5 * share + 4 * (_WARPS + _RANKS) * width + 8 * _RANKS)
 
 
 @functools.cache

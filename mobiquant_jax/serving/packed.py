@@ -2,7 +2,7 @@
 
 The same mathematics as `Llama` over `ElasticLinear`, written as one pure function over arrays made for it: linears of
 one input are fused, and the loop over layers carries an index, since a slice of the stacked weights would be copied
-before a kernel could read it.
+before a kernel could read it. Where there are kernels for it, a step's layers are one call instead: see `one_call`.
 """
 
 from collections.abc import Callable, Mapping

@@ -57,9 +57,9 @@ def test_all_rows_in_two_sessions(call_script, arguments: list[str], tmp_path: P
     weights = 128 * (256 + 128 + 256 + 128)
     assert decode[8.0]["needed_GB"] - decode[2.0]["needed_GB"] == pytest.approx(weights * 6 / 8e9)
     for row in decode.values():
-        assert row["tokens_per_s"] == pytest.approx(2e3 / row["ms"]) and row["temp_MB"] > 0 and row["xla_GB"] > 0
+        assert row["tokens_per_s"] == pytest.approx(2e3 / row["ms"]) and row["temp_MB"] > 0
     assert content["switch"]["programs"] == 1
-    assert content["router_share"]["share"] < 1
+    assert content["router_share"]["without_ms"] > 0
     (prefill,) = content["prefill"]
     assert prefill["ratio"] == pytest.approx(prefill["bf16_ms"] / prefill["mixed_ms"])
     assert "| qkv+o+gate_up+down | 4 |" in path.with_suffix(".md").read_text()

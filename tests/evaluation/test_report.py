@@ -90,6 +90,8 @@ def test_line_is_coloured_by_bits_on_a_terminal():
     color = dict(zip(WORDS.bits, (color for color, _ in pieces), strict=True))
     assert pieces[0][0] == pieces[-1][0] and len(set(color.values())) >= 5
     assert legend.startswith("2 ") and legend.endswith(" 6 bits")
+    assert TokenBits(pieces=("a", "b"), bits=(2.84, 3.21)).scale == (2.8, 3.3)  # tenths where all are alike
+    assert TokenBits(pieces=("a",), bits=(4.0,)).scale == (4.0, 4.1)
 
 
 def test_token_picture_shows_the_colours_of_the_bits(tmp_path: Path):

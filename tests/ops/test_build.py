@@ -2,13 +2,14 @@
 
 import pytest
 
-from mobiquant_jax.ops import compiler, decode_attention
+from mobiquant_jax.ops import compiler, decode_attention, decode_layers
 from mobiquant_jax.ops.sliced_matmul import gpu
 
 LIBRARIES = [
     (gpu.SOURCE, ("MOBIQUANT_GROUPS=1",)),
     (gpu.SOURCE, ("MOBIQUANT_GROUPS=4",)),
     (decode_attention.SOURCE, ()),
+    (decode_layers.SOURCE, ("MOBIQUANT_GROUPS=2",)),
 ]
 
 
@@ -17,7 +18,7 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MOBIQUANT_JAX_CACHE", str(tmp_path))
 
 
-@pytest.mark.parametrize(("source", "definitions"), LIBRARIES, ids=["1", "4", "attention"])
+@pytest.mark.parametrize(("source", "definitions"), LIBRARIES, ids=["1", "4", "attention", "layers"])
 def test_builds_once(source, definitions, tmp_path):
     if compiler.find_nvcc() is None:
         pytest.skip("no nvcc")

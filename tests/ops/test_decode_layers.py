@@ -11,6 +11,7 @@ from mobiquant_jax.models.rope import inverse_frequencies
 from mobiquant_jax.ops import untile_weight
 from mobiquant_jax.ops.decode_layers import RoutedLinears, check_supported, decode_layers
 from mobiquant_jax.serving import prepare
+from mobiquant_jax.serving.one_call import supports_one_call
 
 NAMES = ("qkv", "o", "gate_up", "down")
 SLOTS = 40
@@ -158,6 +159,9 @@ def test_generation_through_one_call_is_that_of_the_separate_programs(random_ela
     packed = prepare(random_elastic(3, elastic, **sizes))
     tokens, bits = jnp.asarray([[5], [7], [11]]), jnp.asarray([2.0, 8.0, 8.0])  # depths that no rounding decides
     cache = KVCache.create(packed.config, 3, 8, jnp.bfloat16)
+    k, v = (jax.random.normal(jax.random.key(i), cache.k.shape, jnp.bfloat16) for i in (0, 1))
+    cache = KVCache(k=k, v=v, length=jnp.asarray([0, 3, 7]))
+    assert supports_one_call(jnp.zeros((3, 1, 256), jnp.bfloat16), cache, packed.variables.sites)
     one = jax.jit(packed.decode)(packed.variables, tokens, cache, bits)
     monkeypatch.setattr("mobiquant_jax.serving.packed.supports_one_call", lambda *_: False)
     apart = jax.jit(lambda *a: packed.decode(*a))(packed.variables, tokens, cache, bits)

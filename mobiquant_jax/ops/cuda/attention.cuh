@@ -3,8 +3,8 @@
 // The cache of all layers is read and written in place, [layers, batch, slots, kv heads, head size], by the layer's
 // index on the device. A cluster of thread blocks takes one key-value head of one sequence, each block a share of the
 // keys, and of it each few neighbouring lanes one key at a time: they keep a running maximum, sum and weighted values
-// per query head (arXiv 1805.02867), which meet in the first block at the end. Work follows the sequence's length, not
-// the cache's.
+// per query head (arXiv 1805.02867), of which each block finishes a share at the end. Work follows the sequence's length,
+// not the cache's.
 #pragma once
 
 #include "bf16.cuh"

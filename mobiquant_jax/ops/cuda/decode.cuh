@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(DecodeShape<GB, WARPS, SLOTS>::kThreads, 1)
     if (lane == 0) {
       // The first slice is read whatever the depths are.
       const int bytes = blocks * kPieceBytes;
-      for (int tile = first_tile, left = args.prefetch; tile < tiles && left >= bytes; tile += stride, left -= bytes)
+      for (int tile = first_tile, left = args.prefetch; tile < tiles && bytes > 0 && left >= bytes; tile += stride, left -= bytes)
         prefetch_bulk(args.weights.planes[0] + ((layer * tiles + tile) * args.weights.blocks + first_block) * kPieceBytes,
                       bytes);
     }

@@ -3,6 +3,8 @@
 // launches kernel after kernel; apart, the gaps alone would take as long as the reading.
 //
 // The launches allocate nothing and never wait for the device, so that XLA may record them into a CUDA graph.
+#include <optional>
+
 #include "attention.cuh"
 #include "route.cuh"
 #include "weights.cuh"
@@ -108,6 +110,9 @@ ffi::Error decode_layers(cudaStream_t stream, Halves x, Floats cosine, Floats si
     site.route.eps = eps;
   }
   Site &of_qkv = sites[0], &of_o = sites[1], &of_gate_up = sites[2], &of_down = sites[3];
+  of_qkv.route.source = kNormed;
+  of_qkv.route.residual = bf16(*middle);
+  of_qkv.route.update = update->typed_data();
   of_o.route.source = kPlain;
   of_o.route.x = bf16(*mixed);
   of_gate_up.route.source = kNormed;
@@ -137,10 +142,7 @@ ffi::Error decode_layers(cudaStream_t stream, Halves x, Floats cosine, Floats si
 
   const int layers = static_cast<int>(key.dimensions()[0]);
   for (int layer = 0; layer < layers; ++layer) {
-    of_qkv.route.source = kNormed;
     of_qkv.route.x = layer > 0 ? bf16(*residual) : bf16(x);
-    of_qkv.route.residual = bf16(*middle);
-    of_qkv.route.update = update->typed_data();
     of_qkv.route.parts = layer > 0 ? of_down.splits : 0;
     of_qkv.route.gain = attention_norm.typed_data() + static_cast<size_t>(layer) * of_qkv.route.inputs;
     of_gate_up.route.gain = mlp_norm.typed_data() + static_cast<size_t>(layer) * of_gate_up.route.inputs;

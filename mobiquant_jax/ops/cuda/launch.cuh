@@ -31,8 +31,9 @@ inline int processors() {
   return count;
 }
 
-// Launches a kernel in clusters of thread blocks; where `early`, before the one that was launched last has ended: it
-// must then wait, see `wait_for_previous`, before it reads what that one writes.
+// Launches a kernel in clusters of thread blocks; where `early`, before the one that was launched last has ended. Each of
+// its threads must then wait, see `wait_for_previous`, before it reads or writes anything that another kernel writes: a
+// kernel that does not wait breaks the order of all behind it.
 template <typename Args>
 cudaError_t launch(void (*kernel)(Args), dim3 grid, int threads, int shared, cudaStream_t stream, int cluster, bool early,
                    const Args& args) {

@@ -10,8 +10,8 @@
 //
 // One cluster of thread blocks computes one linear's router for two tokens, each block a part of the inputs; sums meet
 // in the first block's shared memory in a fixed order, so that the same input gives the same depths. The first linear's
-// clusters also write the input. Nothing here is large: what counts is that it is one launch, and that the product's kernel, launched
-// behind it, already fetches the first slice meanwhile.
+// clusters also write the input. Nothing here is large: what counts is that it is one launch, and that the product's
+// kernel, launched behind it, already fetches the first slice meanwhile.
 #pragma once
 
 #include "bf16.cuh"
@@ -72,8 +72,8 @@ __device__ __forceinline__ void sum_parts8(float (&values)[8], const float* from
 #pragma unroll
   for (int k = 0; k < 8; ++k) values[k] = 0.0f;
   for (int p = 0; p < parts; ++p) {
-    const float4 low = __ldg(reinterpret_cast<const float4*>(from + p * stride));
-    const float4 high = __ldg(reinterpret_cast<const float4*>(from + p * stride) + 1);
+    const float4 low = reinterpret_cast<const float4*>(from + p * stride)[0];
+    const float4 high = reinterpret_cast<const float4*>(from + p * stride)[1];
     const float part[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
     for (int k = 0; k < 8; ++k) values[k] += part[k];
@@ -95,7 +95,7 @@ __device__ __forceinline__ void read_source8(float (&values)[8], const RouteArgs
     for (int k = 0; k < 8; ++k) values[k] = round_bf16(values[k] / (1.0f + __expf(-values[k])) * up[k]);
     return;
   }
-  unpack8(values, __ldg(reinterpret_cast<const uint4*>(args.x + place)));
+  unpack8(values, *reinterpret_cast<const uint4*>(args.x + place));
   if (args.source == kNormed) {
     float update[8];
     sum_parts8(update, args.update + place, args.parts, static_cast<size_t>(args.tokens) * args.inputs);
@@ -278,8 +278,7 @@ __global__ void __launch_bounds__(kRouteThreads, 3) route_kernel(const __grid_co
 inline cudaError_t launch_route(cudaStream_t stream, const RouteArgs& args, bool early) {
   const RouteShape shape(kRouteTokens, args.inputs, args.width);
   const dim3 grid((args.tokens + kRouteTokens - 1) / kRouteTokens * args.linears * kRouteRanks);
-  return launch(route_kernel, grid, kRouteThreads, shape.total, stream, kRouteRanks, early,
-                args);
+  return launch(route_kernel, grid, kRouteThreads, shape.total, stream, kRouteRanks, early, args);
 }
 
 }  // namespace mobiquant

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <optional>
 
 #include "decode.cuh"
 #include "launch.cuh"
@@ -14,12 +13,12 @@ constexpr int kGroups = MOBIQUANT_GROUPS;
 constexpr int kLayoutVersion = 1;  // TILED_LAYOUT_VERSION of layout.py
 
 inline ffi::Error describe(Weights& weights, Segments& segments, const Words& affine,
-                    const Words* const (&planes)[kMaxSlices], ffi::Span<const int64_t> ends, int64_t version) {
+                           const Words* const (&planes)[kMaxSlices], ffi::Span<const int64_t> ends, int64_t version) {
   if (version != kLayoutVersion)
-    return ffi::Error::InvalidArgument("sliced_matmul: layout version " + std::to_string(version) + ", not " +
+    return ffi::Error::InvalidArgument("layout version " + std::to_string(version) + ", not " +
                                        std::to_string(kLayoutVersion));
   if (ends.size() < 1 || ends.size() > kMaxSegments)
-    return ffi::Error::InvalidArgument("sliced_matmul: " + std::to_string(ends.size()) + " segments");
+    return ffi::Error::InvalidArgument(std::to_string(ends.size()) + " segments");
   for (int e = 0; e < kMaxSlices; ++e) weights.planes[e] = reinterpret_cast<unsigned char*>(planes[e]->typed_data());
   weights.affine = reinterpret_cast<const uint2*>(affine.typed_data());
   weights.tiles = static_cast<int>(planes[0]->dimensions()[1]);
@@ -27,7 +26,7 @@ inline ffi::Error describe(Weights& weights, Segments& segments, const Words& af
   segments.count = static_cast<int>(ends.size());
   for (size_t s = 0; s < ends.size(); ++s) segments.ends[s] = static_cast<int>(ends[s]);
   if (affine.dimensions()[2] != weights.blocks * kGroups)
-    return ffi::Error::InvalidArgument("sliced_matmul: built for " + std::to_string(kGroups) + " groups a block");
+    return ffi::Error::InvalidArgument("the kernels are built for " + std::to_string(kGroups) + " groups a block");
   return ffi::Error::Success();
 }
 

@@ -20,7 +20,8 @@ from mobiquant_jax.calibration.console import clock
 from mobiquant_jax.config_flags import run
 from mobiquant_jax.data import load_token_ids, token_windows
 from mobiquant_jax.evaluation import TokenBits, parse_bits, split_text
-from mobiquant_jax.io.checkpoint import load_checkpoint
+from mobiquant_jax.files import read_json_object
+from mobiquant_jax.io.checkpoint import MANIFEST, load_checkpoint
 from mobiquant_jax.models.elastic import ElasticModel
 from mobiquant_jax.provenance import fingerprint, peak_host_bytes, provenance
 
@@ -73,8 +74,13 @@ def main(_: list[str]) -> None:
             "search_windows": list(search.shape),
             "choice_windows": list(choice.shape),
             "seed": SEED.value,
-            "fingerprints": {"windows": fingerprint(windows), "search": fingerprint(search)},
+            "fingerprints": {
+                "windows": fingerprint(windows),
+                "search": fingerprint(search),
+                "choice": fingerprint(choice),
+            },
             "provenance": provenance(),
+            "calibration": read_json_object(Path(CHECKPOINT.value) / MANIFEST)["provenance"],
             "seconds": round(time.perf_counter() - start, 1),
             "peak_gb": round(peak_host_bytes() / 1e9, 2),
         }

@@ -28,7 +28,8 @@ def write_report(folder: Path, findings: Findings, labels: Labels, text: TokenBi
         findings: what was found.
         labels: of the arrays' axes.
         text: the first window at `page_bits`.
-        about: what was analyzed and how: ``checkpoint``, ``data``, provenance and the like, JSON-ready.
+        about: what was analyzed and how, JSON-ready: ``checkpoint``, ``data``, ``windows``, ``window_length``, the
+            shapes ``search_windows`` and ``choice_windows``, and where it all came from.
     """
     draw_figures(folder, findings, labels, text)
     save_json(folder / "numbers.json", {**about, **findings_json(findings, labels)}, indent=1)
@@ -85,11 +86,15 @@ def report_page(folder: Path, findings: Findings, labels: Labels, text: TokenBit
             html.paragraph(
                 "All rivals of the router have the bits that it used. The oracles know what each token's output loses, "
                 "not what the model's loss gains: a static allocation that beats them shows that output errors are a "
-                "poor guide to the tokens that matter."
+                "poor guide to the tokens that matter. Static allocations were found on "
+                f"{np.prod(about['search_windows'])} tokens of the calibration text and chosen on "
+                f"{np.prod(about['choice_windows'])} others."
             ),
             html.table(["", *(f"{bits:g} bits" for bits in asked)], _policy_table(findings.policies, asked)),
             html.paragraph(
-                "The router's perplexity against each rival's, with standard errors over paired windows.", "muted"
+                "The router's perplexity against each rival's, with standard errors over paired windows: green where "
+                "the router is better by more than two of them, red where it is worse.",
+                "muted",
             ),
             html.table(["router against", *(f"{bits:g} bits" for bits in asked)], _verdicts(findings.policies, asked)),
             html.table(["rival", "is"], ((name, what) for name, what in RIVALS.items())),

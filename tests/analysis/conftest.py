@@ -32,7 +32,7 @@ def steps(model):
 @pytest.fixture(scope="session")
 def checkpoint(model, tmp_path_factory):
     path = tmp_path_factory.mktemp("analysis") / "checkpoint"
-    save_checkpoint(path, model, {})
+    save_checkpoint(path, model, {"origin": "drawn at random"})
     return path
 
 

@@ -35,6 +35,7 @@ def test_report_figures_and_numbers(call_script, model, arguments, tmp_path):
 
     numbers = json.loads((tmp_path / "out" / "numbers.json").read_text(), parse_constant=pytest.fail)
     assert numbers["windows"] == 2 and numbers["provenance"]["versions"]["jax"]
+    assert numbers["calibration"] == {"origin": "drawn at random"}
     rows = {(row["name"], row["asked_bits"]): row for row in numbers["policies"]}
     names = ["router", "random", "norm", "static", "token oracle", "joint oracle"]
     assert set(rows) == {(name, bits) for name in names for bits in BITS}

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 from matplotlib.colors import LogNorm, Normalize
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
 from mobiquant_jax.analysis.figures.canvas import ACCENT, COLORS, INK, MUTED, QUIET, color_bar, figure, map_linears
 from mobiquant_jax.analysis.linears import Labels
@@ -17,7 +17,6 @@ from mobiquant_jax.analysis.token_errors import LEVELS, WORST_SHARE, TokenErrors
 PERCENT = FuncFormatter(lambda value, _: f"{100 * value:g} %")
 PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 SHOWN = (0.005, 0.995)  # quantiles of the errors that set a panel's limits; what lies beyond is drawn at its edge
-MULTIPLES = (0.01, 0.03, 0.1, 0.3, 0.5, 1, 1.5, 2, 3, 5, 10, 30, 100, 300, 1000)  # ticks of an error over its median
 
 
 def plot_error_curves(path: str | Path, errors: TokenErrors, labels: Labels) -> None:
@@ -124,10 +123,6 @@ def plot_migration(path: str | Path, squared: Float[np.ndarray, "T E"], labels: 
                 panel.plot(
                     here, error[here], "o", color=ACCENT, markersize=4, label=f"worst tenth at {width} bits only"
                 )
-            panel.set_yscale("log")
-            panel.yaxis.set_major_locator(FixedLocator(MULTIPLES))
-            panel.yaxis.set_minor_locator(NullLocator())
-            panel.yaxis.set_major_formatter(PLAIN)
             panel.set_ylabel("error / median")
             stay = "" if not depth else f": {len(worst[0] & worst[depth])} of {count} stay"
             panel.set_title(f"{width} bits{stay}", loc="left", fontsize=10)

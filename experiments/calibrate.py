@@ -3,6 +3,10 @@
 python experiments/calibrate.py --config=configs/smollm2_135m.py
 python experiments/calibrate.py --config=configs/smollm2_135m.py --resume
 python experiments/calibrate.py --config=configs/smollm2_135m.py --config.quant.group_size=32 --overwrite
+python experiments/calibrate.py --config=configs/llama3_8b.py --config.mesh.data=2 --config.mesh.model=4
+
+On several hosts, start the same command on each: Slurm, Kubernetes and TPU pods say which one it is, or --coordinator,
+--processes and --process do.
 """
 
 import dataclasses
@@ -13,9 +17,12 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from mobiquant_jax import distributed
 from mobiquant_jax.calibration import CalibrationConfig, Calibrator, ConsoleObserver, RunDir, open_run
+from mobiquant_jax.calibration.flops import peak_flops
 from mobiquant_jax.config_flags import define_config, flatten, run
 from mobiquant_jax.evaluation import (
     PerplexityResult,
@@ -32,9 +39,10 @@ from mobiquant_jax.evaluation import (
 from mobiquant_jax.experiment import (
     load_architecture,
     load_calibration,
-    load_dense_model,
     load_elastic,
+    load_mesh,
     load_windows,
+    open_dense_model,
 )
 from mobiquant_jax.files import save_json
 from mobiquant_jax.io.checkpoint import is_checkpoint, load_checkpoint, save_checkpoint
@@ -47,7 +55,10 @@ CONFIG = define_config()
 RESUME = flags.DEFINE_boolean("resume", False, "continue the run in run_dir from what it saved last")
 OVERWRITE = flags.DEFINE_boolean("overwrite", False, "delete the run in run_dir and start over")
 
-_OUTCOME = ("evaluation.", "run_dir")  # fields that may change when a run is resumed
+PROFILE_BLOCK = flags.DEFINE_integer("profile_block", None, "trace the training of this block, from 1, into run_dir")
+JOIN_JOB = distributed.define_flags()
+
+_OUTCOME = ("evaluation.", "mesh.", "run_dir")  # fields that may change when a run is resumed
 SENTENCE = (
     "The capital of France is Paris, and a list comprehension such as [x**2 for x in range(10)] returns ten squares."
 )
@@ -57,13 +68,18 @@ PROMPT = "A class definition in Python"
 def main(_: list[str]) -> None:
     """Calibrates, saves, evaluates and draws."""
     start = time.perf_counter()
+    JOIN_JOB()
     config = CONFIG.value
     elastic = load_elastic(config)
     calibration = load_calibration(config)
     calibration.check_slices(elastic.slice_bits)
     _check_evaluation(config.evaluation, elastic)
     elastic.check_model(load_architecture(config))  # before the weights are read
-    dense = load_dense_model(config)
+    mesh = load_mesh(config)
+    blocks = config.model.architecture.num_hidden_layers
+    if PROFILE_BLOCK.value is not None and not 1 <= PROFILE_BLOCK.value <= blocks:
+        raise ValueError(f"--profile_block={PROFILE_BLOCK.value} is outside 1..{blocks}")
+    dense = open_dense_model(config)
     elastic.check_model(dense.config)
     windows, heldout = (load_windows(config, dense, split) for split in ("calibration", "heldout"))
     asked = {k: v for k, v in flatten(config).items() if not k.startswith(_OUTCOME)}
@@ -71,18 +87,20 @@ def main(_: list[str]) -> None:
         "config": asked,
         "model": fingerprint(dense.variables),
         "data": fingerprint(windows),
+        "mesh": dict(mesh.shape),
         "provenance": provenance(),
     }
     run_dir = open_run(config.run_dir, record, resume=RESUME.value, overwrite=OVERWRITE.value)
-    if is_checkpoint(run_dir.checkpoint):
+    if distributed.from_main(int(is_checkpoint(run_dir.checkpoint))):
         print(f"'{run_dir.checkpoint}' is complete already")
-        model = load_checkpoint(run_dir.checkpoint)
+        model = load_checkpoint(run_dir.checkpoint, mesh)
     else:
-        model = _calibrate(dense, elastic, calibration, windows, run_dir, record)
+        model = _calibrate(dense, elastic, calibration, windows, mesh, run_dir, record)
         print(f"calibrated in {time.perf_counter() - start:.0f} s")
     run_dir.remove_intermediate()
     print(f"measuring on {heldout.size} held-out tokens", flush=True)
-    results = _show(model, dense, heldout, config, run_dir)
+    with jax.set_mesh(mesh):
+        results = _show(model, dense, heldout, config, run_dir)
     seconds, peak = time.perf_counter() - start, round(peak_host_bytes() / 1e9, 2)
     result = {
         "provenance": record["provenance"],
@@ -90,7 +108,9 @@ def main(_: list[str]) -> None:
         "peak_gb": peak,
         "curve": curve_rows(results),
     }
-    save_json(run_dir.path / "result.json", result)
+    if distributed.is_main():
+        save_json(run_dir.path / "result.json", result)
+    distributed.barrier("end")  # a process that has ended waits only so long for the others
     print(f"checkpoint: {run_dir.checkpoint}    total {seconds:.0f} s, {peak} GB")
 
 
@@ -110,18 +130,25 @@ def _calibrate(
     elastic: ElasticConfig,
     calibration: CalibrationConfig,
     windows: np.ndarray,
+    mesh: Mesh,
     run_dir: RunDir,
     record: dict[str, Any],
 ) -> ElasticModel:
     calibrator = Calibrator(
-        config=dense.config, elastic=elastic, calibration=calibration, run=run_dir, observer=ConsoleObserver()
+        config=dense.config,
+        elastic=elastic,
+        calibration=calibration,
+        run=run_dir,
+        observer=ConsoleObserver(peak_flops(mesh.devices.ravel().tolist())),
+        mesh=mesh,
+        profile_block=None if PROFILE_BLOCK.value is None else PROFILE_BLOCK.value - 1,
     )
     try:
         variables = calibrator.calibrate(dense.variables["params"], windows)
     except KeyboardInterrupt:
         print(f"\n'{run_dir.path}' keeps what was saved: the same command with --resume continues", flush=True)
         raise
-    model = dataclasses.replace(dense, elastic=elastic, variables=variables)
+    model = dataclasses.replace(dense, elastic=elastic, variables=variables, placement=calibrator.placement)
     save_checkpoint(run_dir.checkpoint, model, json.loads(json.dumps(record)))
     return model
 
@@ -131,11 +158,14 @@ def _show(
 ) -> list[PerplexityResult]:
     """Measures and shows the curve and, where there is a tokenizer, what the model makes of a text."""
     batch_size = config.evaluation.batch_size
+    assert model.placement is not None, "the model lies on the run's mesh"
+    dense = dataclasses.replace(dense, variables=model.placement.put(dense.variables))
     reference = perplexity_curve(dense, heldout, [None], batch_size=batch_size)
     results = perplexity_curve(model, heldout, config.evaluation.bits, batch_size=batch_size) + reference
     print(format_table(results))
-    write_json(run_dir.path / "curve.json", results)
-    plot_curve(run_dir.path / "curve.png", results, f"{run_dir.path.name}: one checkpoint, any average bits")
+    if distributed.is_main():
+        write_json(run_dir.path / "curve.json", results)
+        plot_curve(run_dir.path / "curve.png", results, f"{run_dir.path.name}: one checkpoint, any average bits")
     if model.tokenizer is not None:
         _show_text(model, model.tokenizer, run_dir)
     print()
@@ -151,7 +181,8 @@ def _show_text(model: ElasticModel, tokenizer: Tokenizer, run_dir: RunDir) -> No
     few = max(3.0, model.elastic.slice_bits[0])
     token_bits = measure_token_bits(model, tokenizer, SENTENCE, few)
     title = f"{run_dir.path.name}: bits each token used at {few:g} average bits"
-    plot_token_bits(run_dir.path / "tokens.png", token_bits, title)
+    if distributed.is_main():
+        plot_token_bits(run_dir.path / "tokens.png", token_bits, title)
     print(f"\nbits by token at {few:g} average bits:\n{format_token_bits(token_bits)}")
     prompt = tokenizer.encode(PROMPT)
     for bits in (few, 8.0):
@@ -166,7 +197,8 @@ def _show_text(model: ElasticModel, tokenizer: Tokenizer, run_dir: RunDir) -> No
             bits=bits,
             sampling=SamplingConfig(temperature=0.0),
         )
-        new = np.asarray(text.tokens[0])[: int(text.lengths[0])]
+        tokens, lengths = distributed.fetch((text.tokens, text.lengths))
+        new = tokens[0][: int(lengths[0])]
         print(f"\nat {bits:g} bits: {PROMPT}{tokenizer.decode(new)}")
 
 

@@ -5,9 +5,12 @@ python experiments/readme_tables.py
 
 import re
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
+from mobiquant_jax.analysis import policies_table
+from mobiquant_jax.benchmark import summary
 from mobiquant_jax.config_flags import run
 from mobiquant_jax.evaluation import markdown_table
 from mobiquant_jax.files import read_json_object
@@ -27,7 +30,7 @@ def main(_: list[str]) -> None:
         name = match.group(1)
         result = read_json_object(readme.parent / name)
         try:
-            return f"<!-- {name} -->\n{markdown_table(result)}\n<!-- end -->"
+            return f"<!-- {name} -->\n{table(result)}\n<!-- end -->"
         except ValueError as error:
             raise ValueError(f"'{readme.parent / name}' is {error}") from error
 
@@ -36,6 +39,17 @@ def main(_: list[str]) -> None:
         raise ValueError(f"'{readme}' differs from its results: run python experiments/readme_tables.py")
     if new != old:
         readme.write_text(new)
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown of a result, by what it holds.
+
+    Raises:
+        ValueError: a result of no known kind.
+    """
+    if "kernels" in result:
+        return summary(result)
+    return policies_table(result) if "policies" in result else markdown_table(result)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import os
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from mobiquant_jax.calibration import BlockTrainer, CalibrationConfig
 from mobiquant_jax.calibration.config import stages
 from mobiquant_jax.calibration.samples import Samples
 from mobiquant_jax.io.checkpoint import abstract_variables
-from mobiquant_jax.models import KVCache, Llama, LlamaConfig
+from mobiquant_jax.models import KVCache, LlamaConfig
 from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel
 from mobiquant_jax.sharding import Placement, make_mesh
 
@@ -116,11 +116,11 @@ def calibration_program(
     config: LlamaConfig, elastic: ElasticConfig, calibration: CalibrationConfig, mesh: Mesh
 ) -> Program:
     """An epoch of the last stage of one block's training, in bfloat16 with float32 parameters and streams."""
-    placement = Placement.create(mesh, config, elastic)
     samples = Samples.create(calibration)
-    trainer = BlockTrainer(config=config, elastic=elastic, calibration=calibration, samples=samples, dtype=jnp.bfloat16)
-    dense = _abstract_block(config)
-    params = trainer.abstract_params(dense)
+    trainer = BlockTrainer(
+        config=config, elastic=elastic, calibration=calibration, samples=samples, dtype=jnp.bfloat16, mesh=mesh
+    )
+    params, placement = trainer.abstract_trained, trainer.placement
     stage = stages(calibration)[-1]
     state = jax.eval_shape(trainer.optimizer(stage).init, params)
 
@@ -137,7 +137,7 @@ def calibration_program(
     return Program(
         name="calibration",
         function=trainer.epoch_fn(stage),
-        arguments=(placement.abstract(params), placement.abstract(state), placement.abstract(dense), streams, plan),
+        arguments=(params, placement.abstract(state), trainer.abstract_dense, streams, plan),
     )
 
 
@@ -228,10 +228,3 @@ def render_table(records: Sequence[dict[str, Any]]) -> str:
                 f"| {program['flops'] / 1e12:.3g} | {program['bytes_accessed'] / 1e9:.3g} |"
             )
     return "\n".join(lines)
-
-
-def _abstract_block(config: LlamaConfig) -> Any:
-    """Shapes of one dense block's parameters."""
-    one = replace(config, num_hidden_layers=1)
-    params = jax.eval_shape(Llama(one).init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))["params"]
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), params["layers"])

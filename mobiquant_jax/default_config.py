@@ -11,8 +11,8 @@ def default_config() -> ConfigDict:
     """Builds the config that a file of ``configs/`` starts from.
 
     Returns:
-      A ``ConfigDict`` with the sections model, quant, router, calibration, data and evaluation, and ``run_dir``. The
-      fields ``model.source``, ``model.architecture``, ``data.source`` and ``run_dir`` are for the file to fill.
+      A ``ConfigDict`` with the sections model, quant, router, calibration, data, evaluation and mesh, and ``run_dir``.
+      The fields ``model.source``, ``model.architecture``, ``data.source`` and ``run_dir`` are for the file to fill.
     """
     return ConfigDict(
         dict(
@@ -39,6 +39,11 @@ def default_config() -> ConfigDict:
                 windows=64,
                 window_length=2048,  # tokens
                 batch_size=1,
+            ),
+            mesh=dict(
+                data=1,  # devices that split the windows
+                fsdp=1,  # that split windows and parameters
+                model=1,  # that split heads and feed-forward channels; the three multiply to the devices used
             ),
             run_dir="",  # checkpoint, curve and pictures go here
         )

@@ -21,7 +21,9 @@ from jax.experimental import multihost_utils
 flags.disclaim_key_flags()
 
 CONNECT_SECONDS = 45  # how long processes wait for each other at the start
-HEARTBEAT_SECONDS = 20  # after so long without a sign of life a process counts as dead, and the others end
+# After so long without a sign of life a process counts as dead, and after so long a wait of one that has ended, so do
+# the others; all end then.
+HEARTBEAT_SECONDS = 20
 EXIT_MISSING = 2
 
 # Where a scheduler says which process this is.
@@ -72,7 +74,10 @@ def initialize(
     watchdog.start()
     try:
         jax.distributed.initialize(
-            **arguments, initialization_timeout=2 * CONNECT_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+            **arguments,
+            initialization_timeout=2 * CONNECT_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=HEARTBEAT_SECONDS,
         )
     finally:
         watchdog.cancel()

@@ -1,19 +1,22 @@
 """What a config names, made of it: settings, the unquantized model, its windows of text. Shared by the scripts."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Int32
 from ml_collections import ConfigDict
 
 from mobiquant_jax.calibration import CalibrationConfig
 from mobiquant_jax.data import load_token_ids, token_windows
-from mobiquant_jax.io import load_dense
+from mobiquant_jax.io import materialize, open_dense
 from mobiquant_jax.io.dither import dither
 from mobiquant_jax.models import Llama, LlamaConfig
 from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel
+from mobiquant_jax.sharding import Placement, job_mesh
 
 _SIZES = (  # fields of model.architecture that tell models apart
     "vocab_size",
@@ -52,11 +55,29 @@ def load_calibration(config: ConfigDict) -> CalibrationConfig:
     return CalibrationConfig(**{name: _frozen(value) for name, value in config.calibration.items()})
 
 
+def load_mesh(config: ConfigDict) -> Mesh:
+    """The devices that ``config.mesh`` asks for.
+
+    Raises:
+        ValueError: there are no such devices, or the model or the windows of a step do not split over them.
+    """
+    mesh = job_mesh(**{name: int(size) for name, size in config.mesh.items()})
+    calibration = load_calibration(config)
+    Placement.create(mesh, load_architecture(config), load_elastic(config)).check(**calibration.batches)
+    return mesh
+
+
 def load_dense_model(config: ConfigDict) -> ElasticModel:
+    """`open_dense_model`, with every weight read into memory."""
+    model = open_dense_model(config)
+    return dataclasses.replace(model, variables=materialize(model.variables))
+
+
+def open_dense_model(config: ConfigDict) -> ElasticModel:
     """The unquantized model of ``config.model``: from its source, dithered if asked for, or of random weights.
 
     Returns:
-        The model; its variables lie on the host unless they are random.
+        The model; its weights stay on disk until they are indexed, unless they are dithered or random.
 
     Raises:
         FileNotFoundError: there is no such model.
@@ -69,7 +90,7 @@ def load_dense_model(config: ConfigDict) -> ElasticModel:
         tokens = jnp.zeros((1, 2), jnp.int32)
         params = jax.jit(Llama(architecture).init)(jax.random.key(0), tokens)["params"]
         return ElasticModel(config=architecture, variables={"params": params})
-    found, params, tokenizer = load_dense(config.model.source)
+    found, params, tokenizer = open_dense(config.model.source)
     for name in _SIZES:
         if getattr(found, name) != getattr(architecture, name):
             raise ValueError(

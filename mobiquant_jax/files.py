@@ -1,4 +1,4 @@
-"""JSON files, written whole or not at all, and read with a word about what is wrong."""
+"""JSON and text files, written whole or not at all, and read with a word about what is wrong."""
 
 import json
 import os
@@ -14,10 +14,15 @@ def save_json(path: str | Path, content: Any, indent: int = 2) -> None:
         content: JSON-ready values.
         indent: spaces a level.
     """
+    save_text(path, json.dumps(content, indent=indent) + "\n")
+
+
+def save_text(path: str | Path, text: str) -> None:
+    """Writes a text in the same way; see `save_json`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
+    unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, path)
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from mobiquant_jax.io.disk_leaf import DiskLeaf
+
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 
 
@@ -40,9 +42,11 @@ def fingerprint(tree: Any) -> str:
     """SHA-256 over names, shapes and a strided sample of every array: tells models and data sets apart, cheaply."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.asarray(leaf)
+        array = leaf if isinstance(leaf, DiskLeaf) else np.asarray(leaf)
         digest.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode())
-        digest.update(np.ascontiguousarray(array.reshape(-1)[:: max(1, array.size // 4096)]).tobytes())
+        positions = np.arange(0, array.size, max(1, array.size // 4096))
+        sample = array.sample(positions) if isinstance(array, DiskLeaf) else array.reshape(-1)[positions]
+        digest.update(np.ascontiguousarray(sample).tobytes())
     return digest.hexdigest()
 
 

@@ -69,6 +69,7 @@ _OTHER_ARRAYS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("attention_norm", "scale"): ("channel",),
     ("mlp_norm", "scale"): ("channel",),
     ("final_norm", "scale"): ("channel",),
+    ("thresholds",): ("budget",),  # of end-to-end tuning, one for all linears
 }
 
 
@@ -91,6 +92,24 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, model: int = 1, devices: Any = N
     if math.prod(shape) != len(devices):
         raise ValueError(f"a mesh of data x fsdp x model = {shape} does not use all {len(devices)} devices")
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def job_mesh(*, data: int, fsdp: int, model: int) -> Mesh:
+    """The mesh that a run asks for: of all devices or, in a single process, of the first few.
+
+    Raises:
+        ValueError: the sizes do not multiply to the number of devices, or to one that divides it.
+    """
+    devices = jax.devices()
+    wanted = data * fsdp * model
+    if jax.process_count() == 1 and wanted > 0 and len(devices) % wanted == 0:
+        devices = devices[:wanted]
+    return make_mesh(data=data, fsdp=fsdp, model=model, devices=devices)
+
+
+def one_device() -> Mesh:
+    """The mesh of the first device alone, where every sharding is the whole array."""
+    return make_mesh(devices=jax.devices()[:1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +167,29 @@ class Placement:
         }
         return cls(mesh=mesh, splits=tuple(_decide(mesh, dim, *sizes) for dim, sizes in dims.items()))
 
+    def check(self, **batches: int) -> None:
+        """Raises ValueError, naming it, where an axis would leave devices without work of their own.
+
+        The heads of keys and values and the vocabulary may be too few to be split: they are small, and whole then.
+
+        Args:
+            **batches: numbers of windows, by name, that are split over ``data`` and ``fsdp``.
+        """
+        for split in self.splits:
+            if split.reason and split.dim in ("embed", "heads", "ffn"):
+                raise ValueError(f"{_described(self.mesh)} does not fit the model: {split.reason}")
+        for name, size in batches.items():
+            if size % self.batch_shards:
+                raise ValueError(
+                    f"{_described(self.mesh)} does not fit {name}={size}: no multiple of data x fsdp = "
+                    f"{self.batch_shards}"
+                )
+
+    @property
+    def batch_shards(self) -> int:
+        """Parts that a batch is split into."""
+        return math.prod(self.mesh.shape[axis] for axis in RULES["batch"])
+
     def spec(self, path: tuple[str, ...], shape: tuple[int, ...]) -> P:
         """The partition of a parameter, a packed weight, a router or an optimizer moment.
 
@@ -186,6 +228,14 @@ class Placement:
     def put(self, tree: Any) -> Any:
         """Places a tree of host arrays; each process reads only what its own devices hold."""
         return jax.tree.map(place, tree, self.shardings(tree))
+
+    def put_batch(self, array: Any) -> Array:
+        """Places a host array that is split along its first dimension, the batch."""
+        return place(array, self.batched(array.shape))
+
+    def put_whole(self, tree: Any) -> Any:
+        """Places a tree of host arrays on every device."""
+        return jax.tree.map(lambda array: place(array, self.replicated), tree)
 
     def batched(self, shape: tuple[int, ...], dim: int = 0) -> NamedSharding:
         """The sharding of tokens, streams and whatever else is split along a batch only.
@@ -250,6 +300,29 @@ class Placement:
         return next((split.axes or None for split in self.splits if split.dim == dim), None)
 
 
+def constrain_rows(table: Float[Array, "V D"]) -> Float[Array, "V D"]:
+    """Tells the compiler, under ``jax.set_mesh``, to gather a table whose rows are looked up along its width.
+
+    A token's row is needed whole, and on other devices than those that split the table: looked up first, the rows of
+    all tokens would be put together on every device.
+    """
+    mesh = _auto_mesh()
+    if mesh is None:
+        return table
+    rows = RULES["vocab"] if table.shape[0] % math.prod(mesh.shape[axis] for axis in RULES["vocab"]) == 0 else None
+    return jax.lax.with_sharding_constraint(table, P(rows, None))
+
+
+def _auto_mesh() -> AbstractMesh | None:
+    """The mesh of ``jax.set_mesh``, if the compiler splits over it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types) else mesh
+
+
+def _described(mesh: Mesh | AbstractMesh) -> str:
+    return "mesh " + ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+
+
 def place(array: Any, sharding: NamedSharding) -> Array:
     """A host array on the devices of a sharding; ``array[index]`` is asked only for the parts this process holds."""
     return jax.make_array_from_callback(tuple(array.shape), sharding, lambda index: np.asarray(array[index]))
@@ -261,8 +334,8 @@ def constrain_batch(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     Without it the partitioner may split the residual stream along its width, as the parameters are, and re-arrange it
     in every layer.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
+    mesh = _auto_mesh()
+    if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, P(_batch_axes(mesh, x.shape[0]), *[None] * (x.ndim - 1)))
 

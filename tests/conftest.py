@@ -1,11 +1,14 @@
 """Shared fixtures: where the real data lies, the scripts, and eight fake CPU devices for the sharding tests."""
 
+import atexit
 import contextlib
 import io
 import os
 import runpy
+import shutil
 import subprocess
 import sys
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,6 +22,13 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if version("jax").startswith("0.10."):  # a third of its compilation time on CPUs; later versions have no such flag
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # What one process has compiled, pytest's other workers and the scripts that tests start read: it halves the time.
+    # The folder lives as long as the process that made it, the one that starts the others.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jax_cache_")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 ROOT = Path(__file__).parents[1]

@@ -122,6 +122,23 @@ barrier("never")
     assert "another task died" in err or "Gloo" in err or "gloo" in err
 
 
+def test_a_process_that_fails_alone_ends_the_others():
+    """It leaves in good order, while the others wait for it in a collective."""
+    port = free_port()
+    body = """
+from mobiquant_jax.distributed import barrier
+barrier("met")
+if jax.process_index() == 1:
+    sys.exit("error: unreadable shard")
+barrier("never")
+"""
+    both = [start(process, port, body, constant="HEARTBEAT_SECONDS = 5") for process in (0, 1)]
+    begin = time.monotonic()
+    errors = [process.communicate(timeout=60)[1] for process in both]
+    assert all(process.returncode != 0 for process in both) and time.monotonic() - begin < 60
+    assert "error: unreadable shard" in errors[1]
+
+
 def test_where_the_processes_are_known_from():
     explicit = dict(coordinator="host:1", processes=4, process=3)
     wanted = {"coordinator_address": "host:1", "num_processes": 4, "process_id": 3}

@@ -203,6 +203,23 @@ def test_mesh_sizes(mesh):
         make_mesh(model=0)
 
 
+def test_a_job_takes_all_devices_or_a_share_of_them():
+    assert sharding.job_mesh(data=2, fsdp=1, model=1).devices.ravel().tolist() == jax.devices()[:2]
+    assert dict(sharding.job_mesh(data=-1, fsdp=2, model=2).shape) == {"data": 2, "fsdp": 2, "model": 2}
+    assert sharding.one_device().devices.ravel().tolist() == jax.devices()[:1]
+    with pytest.raises(ValueError, match=r"\(1, 3, 1\) does not use all 8 devices"):
+        sharding.job_mesh(data=1, fsdp=3, model=1)
+
+
+def test_a_mesh_that_leaves_devices_without_work_is_named(model):
+    placement = Placement.create(abstract_mesh(2, 2, 2), model.config, model.elastic)
+    placement.check(windows=8)
+    with pytest.raises(ValueError, match="^mesh data=2, fsdp=2, model=2 does not fit windows=6: no multiple of data x"):
+        placement.check(windows=6)
+    with pytest.raises(ValueError, match="model=3 does not fit the model: heads: 64 / 32 whole units do not split"):
+        Placement.create(abstract_mesh(1, 1, 3), model.config, model.elastic).check()
+
+
 def test_the_batch_takes_the_axes_that_divide_it(mesh, model):
     placement = Placement.create(mesh, model.config, model.elastic)
     assert placement.batched((8, 5, 3)).spec == P(("data", "fsdp"), None, None)

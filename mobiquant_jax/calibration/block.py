@@ -1,8 +1,12 @@
-"""Training one block: jitted once, used for every block of the model."""
+"""Training one block: jitted once, used for every block of the model.
+
+Everything lies on a mesh, of one device or of many: parameters and optimizer state as `Placement` says, streams split
+over the batch. Numbers are those of one device, but for the order of sums.
+"""
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
@@ -10,10 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from mobiquant_jax.calibration.config import CalibrationConfig, Stage, stages
+from mobiquant_jax.calibration.flops import epoch_flops
 from mobiquant_jax.calibration.linears import (
     NestedLinear,
     Params,
@@ -28,6 +34,7 @@ from mobiquant_jax.calibration.samples import Samples, draw_widths
 from mobiquant_jax.models import Block, LlamaConfig
 from mobiquant_jax.models.elastic import ElasticConfig, ElasticLinear, average_bits
 from mobiquant_jax.routing import BatchBudget, FixedThreshold
+from mobiquant_jax.sharding import Placement, constrain_batch, one_device
 
 RISE_LIMIT = 1.5  # a block whose error grows beyond this multiple of its best is stopped
 
@@ -41,12 +48,14 @@ class BlockReport:
         after: the same of the parameters kept.
         bits: average bits the routers used, over the budgets.
         note: why training stopped early or fell back, or "".
+        flops: floating-point operations of the training steps; see `flops.epoch_flops`.
     """
 
     before: float
     after: float
     bits: float
     note: str
+    flops: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +63,7 @@ class BlockTrainer:
     """The compiled pieces of block-wise calibration.
 
     Streams are arrays over samples (a window at a budget), ``[S, T, D]``; the target stream is over windows,
-    ``[W, T, D]``.
+    ``[W, T, D]``. Call the methods under ``jax.set_mesh(trainer.mesh)``.
 
     Attributes:
         config: architecture.
@@ -62,6 +71,7 @@ class BlockTrainer:
         calibration: the recipe.
         samples: windows and budgets of the quantized stream.
         dtype: type of the block's matmuls; parameters, streams and errors stay float32.
+        mesh: the devices; their batch axes divide the batch size and the number of windows.
     """
 
     config: LlamaConfig
@@ -69,6 +79,12 @@ class BlockTrainer:
     calibration: CalibrationConfig
     samples: Samples
     dtype: DTypeLike = jnp.float32
+    mesh: Mesh = field(default_factory=one_device)
+
+    @cached_property
+    def placement(self) -> Placement:
+        """Where every array lies."""
+        return Placement.create(self.mesh, self.config, self.elastic)
 
     def train(
         self,
@@ -93,56 +109,81 @@ class BlockTrainer:
         Returns:
             The trained parameters (``pack`` makes the elastic block of them) and a report.
         """
-        cal = self.calibration
-        key = jax.random.fold_in(jax.random.key(cal.seed), index)
-        params = trainable(dense, self.config, self.elastic, key)
+        cal, put_whole = self.calibration, self.placement.put_whole
+        params = self._start(dense, np.int32(index))
         rng = np.random.default_rng([cal.seed, index])
-        streams = (quantized, target, jnp.asarray(self.samples.window))
+        streams = (quantized, target, put_whole(self.samples.window))
         evaluate = partial(self._evaluate, streams=streams)
         before, bits = evaluate(params)
-        best, best_error, note = params, before, ""
+        best, best_error, note, flops = params, before, "", 0.0
         for stage in stages(cal):
             step_count = stage.epochs * self._steps_per_epoch
-            optimizer_state = self.optimizer(stage).init(params)
-            params = jax.tree.map(jnp.copy, best)  # the epoch donates its parameters; the best ones outlive it
+            optimizer_state = self._init_optimizer[stage](params)
+            params = self._copy(best)  # the epoch donates its parameters; the best ones outlive it
             for epoch in range(stage.epochs):
                 ids, scalars = self._epoch_plan(stage, rng)
                 progress = (epoch * len(ids) + np.arange(len(ids), dtype=np.float32)) / step_count
-                params, optimizer_state, healthy = self.epoch_fn(stage)(
-                    params, optimizer_state, dense, streams, (ids, scalars, progress)
-                )
+                plan = put_whole((ids, scalars, progress))
+                with jax.transfer_guard("disallow"):
+                    params, optimizer_state, healthy = self.epoch_fn(stage)(
+                        params, optimizer_state, dense, streams, plan
+                    )
                 error, used = evaluate(params)
+                flops += self._epoch_flops(stage)
                 on_epoch(stage.name, epoch + 1, stage.epochs, error)
                 if not bool(healthy) or not math.isfinite(error):
                     note = f"non-finite loss in epoch {epoch + 1} of stage '{stage.name}': kept the best step before it"
                     break
                 if error < best_error:
-                    best, best_error, bits = jax.tree.map(jnp.copy, params), error, used
+                    best, best_error, bits = self._copy(params), error, used
                 elif error > RISE_LIMIT * best_error:
                     note = f"error rose to {error:.3g} in epoch {epoch + 1} of stage '{stage.name}': kept the best step"
                     break
             if note:
                 break
-        return best, BlockReport(before=before, after=best_error, bits=bits, note=note)
+        return best, BlockReport(before=before, after=best_error, bits=bits, note=note, flops=flops)
 
     @cached_property
     def pack(self) -> Callable[[Params], Params]:
         """Jitted: trained parameters to the elastic block's variables."""
-        return jax.jit(partial(pack_block, config=self.config, elastic=self.elastic))
+        pack = partial(pack_block, config=self.config, elastic=self.elastic)
+        return jax.jit(pack, in_shardings=(self._param_shardings,), out_shardings=self._packed_shardings)
 
     def abstract_params(self, dense: Params) -> Params:
         """Shapes of what ``train`` returns for a block of these dense parameters."""
         return jax.eval_shape(lambda p: trainable(p, self.config, self.elastic, jax.random.key(0)), dense)
 
     @cached_property
+    def abstract_dense(self) -> Params:
+        """Shapes, types and shardings of one dense block's parameters."""
+        x = jax.ShapeDtypeStruct((1, 2, self.config.hidden_size), jnp.float32)
+        init = jax.eval_shape(lambda x: Block(self.config).init(jax.random.key(0), x, _positions(x)), x)
+        return self.placement.abstract(init["params"])
+
+    @cached_property
+    def abstract_trained(self) -> Params:
+        """Shapes, types and shardings of what ``train`` returns."""
+        return self.placement.abstract(self.abstract_params(self.abstract_dense))
+
+    @cached_property
     def dense_block(self) -> Callable[..., Array]:
-        """Jitted ``(params, stream [N, T, D]) -> stream``: the full-precision block, a few windows at a time."""
+        """Jitted ``(params, stream [W, T, D]) -> stream``: the full-precision block, a window a device at a time."""
         block = Block(self.config, dtype=jnp.float32)
+        shards = self.placement.batch_shards
 
-        def apply(params: Params, stream: Float[Array, "N T D"]) -> Float[Array, "N T D"]:
-            return jax.lax.map(lambda x: block.apply({"params": params}, x[None], _positions(x[None]))[0][0], stream)
+        def apply(params: Params, stream: Float[Array, "W T D"]) -> Float[Array, "W T D"]:
+            # [W / shards, shards, T, D]: each device goes through the windows that it holds.
+            mine = stream.reshape(shards, -1, *stream.shape[1:]).swapaxes(0, 1)
+            out = jax.lax.map(lambda x: block.apply({"params": params}, x, _positions(x))[0], mine)
+            return out.swapaxes(0, 1).reshape(stream.shape)
 
-        return jax.jit(apply, donate_argnums=1)
+        full = self._batched(self.calibration.windows)
+        return jax.jit(
+            apply,
+            donate_argnums=1,
+            in_shardings=(self.placement.shardings(self.abstract_dense), full),
+            out_shardings=full,
+        )
 
     @cached_property
     def packed_block(self) -> Callable[..., Array]:
@@ -150,7 +191,8 @@ class BlockTrainer:
 
         The thresholds are each batch's own quantiles, so every batch meets its budget exactly.
         """
-        block = Block(self.config, linear=partial(ElasticLinear, elastic=self.elastic), dtype=jnp.float32)
+        linear = partial(ElasticLinear, elastic=self.elastic, placement=self.placement)
+        block = Block(self.config, linear=linear, dtype=jnp.float32)
         ids, bits = self.samples.steps(self.calibration.batch_size)
 
         def one(variables: Params, x: Float[Array, "B T D"], budget: Array) -> Float[Array, "B T D"]:
@@ -158,10 +200,56 @@ class BlockTrainer:
 
         def apply(variables: Params, stream: Float[Array, "S T D"]) -> Float[Array, "S T D"]:
             batched = stream.reshape(len(ids), -1, *stream.shape[1:])  # in-order steps: samples are contiguous
-            out = jax.lax.map(lambda step: one(variables, *step), (batched, jnp.asarray(bits)))
+            # Exchanged once for the whole stream, so that every step finds its batch spread over all devices.
+            spread = jax.lax.with_sharding_constraint(batched, self.placement.batched(batched.shape, dim=1))
+            out = jax.lax.map(lambda step: one(variables, *step), (spread, jnp.asarray(bits)))
             return out.reshape(stream.shape)
 
-        return jax.jit(apply, donate_argnums=1)
+        quantized = self._batched(len(self.samples.window))
+        in_shardings = (self._packed_shardings, quantized)
+        return jax.jit(apply, donate_argnums=1, in_shardings=in_shardings, out_shardings=quantized)
+
+    @cached_property
+    def _param_shardings(self) -> Any:
+        return self.placement.shardings(self.abstract_trained)
+
+    @cached_property
+    def _packed_shardings(self) -> Any:
+        pack = partial(pack_block, config=self.config, elastic=self.elastic)
+        return self.placement.shardings(jax.eval_shape(pack, self.abstract_trained))
+
+    @cached_property
+    def _stream_shardings(self) -> Any:
+        """Of the quantized stream, the target stream and the window of each sample."""
+        samples, windows = len(self.samples.window), self.calibration.windows
+        return self._batched(samples), self._batched(windows), self.placement.replicated
+
+    def _batched(self, count: int) -> NamedSharding:
+        return self.placement.batched((count, self.calibration.window_length, self.config.hidden_size))
+
+    @cached_property
+    def _start(self) -> Callable[[Params, Any], Params]:
+        """Jitted ``(dense, index) -> params``: what training starts from; kernels and norms are the dense ones."""
+
+        def start(dense: Params, index: Array) -> Params:
+            key = jax.random.fold_in(jax.random.key(self.calibration.seed), index)
+            return trainable(dense, self.config, self.elastic, key)
+
+        return jax.jit(start, out_shardings=self._param_shardings)
+
+    @cached_property
+    def _copy(self) -> Callable[[Params], Params]:
+        return jax.jit(lambda params: jax.tree.map(jnp.copy, params), out_shardings=self._param_shardings)
+
+    def _epoch_flops(self, stage: Stage) -> float:
+        return epoch_flops(
+            self.config,
+            stage,
+            windows=len(self.samples.window),
+            length=self.calibration.window_length,
+            slices=len(self.elastic.slice_bits),
+            follows=self.calibration.propagated_weight > 0,
+        )
 
     @property
     def _steps_per_epoch(self) -> int:
@@ -182,6 +270,21 @@ class BlockTrainer:
         return grouped_adamw(stage.weight_lr, stage.clipping_lr, stage.router_lr, steps)
 
     @cached_property
+    def _state_shardings(self) -> dict[Stage, Any]:
+        return {
+            stage: self.placement.shardings(jax.eval_shape(self.optimizer(stage).init, self.abstract_trained))
+            for stage in stages(self.calibration)
+        }
+
+    @cached_property
+    def _init_optimizer(self) -> dict[Stage, Callable[[Params], Any]]:
+        """Jitted: the state is made where it lies."""
+        return {
+            stage: jax.jit(self.optimizer(stage).init, out_shardings=shardings)
+            for stage, shardings in self._state_shardings.items()
+        }
+
+    @cached_property
     def _epochs(self) -> dict[Stage, jax.stages.Wrapped]:
         return {stage: self._compile_epoch(stage) for stage in stages(self.calibration)}
 
@@ -198,7 +301,7 @@ class BlockTrainer:
             params, optimizer_state, healthy = carry
             ids, scalar, progress = inputs
             quantized, target, window = streams
-            batch = (quantized[ids], target[window[ids]])
+            batch = (constrain_batch(quantized[ids]), constrain_batch(target[window[ids]]))
             loss, grads = jax.value_and_grad(loss_fn)(params, dense, batch, scalar, progress)
             params, optimizer_state, finite = guarded_update(optimizer, loss, grads, params, optimizer_state)
             return (params, optimizer_state, healthy & finite), None
@@ -207,7 +310,14 @@ class BlockTrainer:
             carry = (params, optimizer_state, jnp.array(True))
             return jax.lax.scan(partial(step, dense=dense, streams=streams), carry, plan)[0]
 
-        return jax.jit(epoch, donate_argnums=(0, 1))
+        params, state, whole = self._param_shardings, self._state_shardings[stage], self.placement.replicated
+        dense = self.placement.shardings(self.abstract_dense)
+        return jax.jit(
+            epoch,
+            donate_argnums=(0, 1),
+            in_shardings=(params, state, dense, self._stream_shardings, whole),
+            out_shardings=(params, state, whole),
+        )
 
     def _stage_loss(self, stage: Stage) -> Callable[..., Array]:
         """The loss of one step as a function of the block's parameters."""
@@ -246,24 +356,29 @@ class BlockTrainer:
     @cached_property
     def _evaluate_fn(self) -> Callable[..., Any]:
         block = Block(self.config, linear=partial(RoutedLinear, elastic=self.elastic), dtype=self.dtype)
-        ids = jnp.arange(len(self.samples.budgets)) * self.samples.per_budget
+        # A gather of one row: a slice at a position that is not constant would have the whole stream on every device.
+        ids = np.arange(len(self.samples.budgets))[:, None] * self.samples.per_budget
 
         def one(step: Any, params: Params, streams: Any) -> tuple[Array, Array]:
             sample, budget = step
             quantized, target, window = streams
-            x = quantized[sample][None]
+            x = quantized[sample]  # [1, T, D]
             (y, _), state = block.apply(
                 {"params": params}, x, _positions(x), None, BatchBudget(bits=budget), mutable=["stats"]
             )
-            error = sample_error(y, target[window[sample]][None], self.calibration.loss)[0]
+            error = sample_error(y, target[window[sample]], self.calibration.loss)[0]
             return error, jnp.mean(average_bits(self.config, state["stats"]))
 
-        budgets = jnp.asarray(self.samples.budgets)
+        budgets = np.asarray(self.samples.budgets, np.float32)
 
         def every(params: Params, streams: Any) -> tuple[Array, Array]:
             return jax.lax.map(partial(one, params=params, streams=streams), (ids, budgets))
 
-        return jax.jit(every)
+        return jax.jit(
+            every,
+            in_shardings=(self._param_shardings, self._stream_shardings),
+            out_shardings=self.placement.replicated,
+        )
 
 
 def _positions(x: Float[Array, "B T D"]) -> Int[Array, "B T"]:

@@ -131,6 +131,12 @@ class CalibrationConfig:
         return self.end_nested_epochs + self.end_joint_epochs
 
     @property
+    def batches(self) -> dict[str, int]:
+        """Numbers of windows that go through the model together, by field."""
+        fields = ("windows", "batch_size", *(("end_batch_size",) if self.end_epochs else ()))
+        return {f"calibration.{name}": getattr(self, name) for name in fields}
+
+    @property
     def samples_per_budget(self) -> int:
         """Windows streamed at each budget."""
         return self.windows * self.budgets_per_window // len(self.budgets)

@@ -14,9 +14,15 @@ def clock(seconds: float) -> str:
 
 
 class ConsoleObserver:
-    """Prints one line a finished block and, on a terminal, the epoch in hand."""
+    """Prints one line a finished block and, on a terminal, the epoch in hand.
 
-    def __init__(self) -> None:
+    Args:
+        peak_flops: operations a second that all devices can do at best, or None; blocks then say which share of them
+            their training was.
+    """
+
+    def __init__(self, peak_flops: float | None = None) -> None:
+        self._peak_flops = peak_flops
         self._blocks = 0
         self._trained = 0
         self._start = time.perf_counter()
@@ -27,6 +33,10 @@ class ConsoleObserver:
         if resumed:
             following = f"continuing with block {resumed + 1}" if resumed < blocks else "none is left to train"
             print(f"{resumed} of {blocks} blocks are on disk already; {following}", flush=True)
+
+    def on_damaged(self, reason: str) -> None:
+        """See `Observer`."""
+        print(f"{reason}; it is computed again", flush=True)
 
     def on_epoch(self, block: int, stage: str, epoch: int, epochs: int, error: float) -> None:
         """See `Observer`."""
@@ -40,9 +50,10 @@ class ConsoleObserver:
         elapsed = time.perf_counter() - self._start
         left = (self._blocks - block - 1) * elapsed / self._trained
         erase = "\r\x1b[K" if sys.stdout.isatty() else ""
+        share = f"  MFU {report.flops / seconds / self._peak_flops:.1%}" if self._peak_flops else ""
         print(
             f"{erase}block {block + 1:2d}/{self._blocks}  error {report.before:.3g} -> {report.after:.3g}  "
-            f"{report.bits:.2f} bits  {seconds:.1f} s  |  {clock(elapsed)} done, {clock(left)} left",
+            f"{report.bits:.2f} bits  {seconds:.1f} s{share}  |  {clock(elapsed)} done, {clock(left)} left",
             flush=True,
         )
         if report.note:

@@ -11,7 +11,7 @@ The first epochs train the nested weights, all tokens of a step at one width; th
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
@@ -19,16 +19,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from mobiquant_jax.calibration.config import CalibrationConfig
-from mobiquant_jax.calibration.linears import NestedLinear, Params, RoutedLinear, UniformWidth
+from mobiquant_jax.calibration.linears import (
+    NestedLinear,
+    Params,
+    RoutedLinear,
+    UniformWidth,
+    pack_block,
+    trainable,
+)
 from mobiquant_jax.calibration.optimizer import grouped_adamw, guarded_update
 from mobiquant_jax.calibration.samples import draw_widths
 from mobiquant_jax.models import Llama, LlamaConfig
 from mobiquant_jax.models.elastic import ElasticConfig, average_bits
 from mobiquant_jax.routing import BatchBudget, FixedThreshold, untrained_threshold
+from mobiquant_jax.sharding import Placement, one_device, place
 
 THRESHOLD_GAIN = 0.3  # change of a global threshold for each bit that a step was off its budget
 
@@ -57,7 +66,7 @@ def distillation_loss(student: Float[Array, "B T V"], teacher: Float[Array, "B T
 
 @dataclass(frozen=True, kw_only=True)
 class EndToEndTrainer:
-    """Tunes weights, clipping and routers of all blocks at once.
+    """Tunes weights, clipping and routers of all blocks at once. Call it under ``jax.set_mesh(tuner.mesh)``.
 
     Attributes:
         config: architecture.
@@ -66,6 +75,7 @@ class EndToEndTrainer:
         windows: calibration tokens, ``[W, T]``.
         generated: windows that the unquantized model wrote, ``[G, T]``; none if G is 0.
         dtype: type of the student's and teacher's matmuls.
+        mesh: the devices; their batch axes divide the batch size.
     """
 
     config: LlamaConfig
@@ -74,15 +84,50 @@ class EndToEndTrainer:
     windows: Int[np.ndarray, "W T"]
     generated: Int[np.ndarray, "G T"]
     dtype: DTypeLike = jnp.float32
+    mesh: Mesh = field(default_factory=one_device)
+
+    @cached_property
+    def placement(self) -> Placement:
+        """Where every array lies."""
+        return Placement.create(self.mesh, self.config, self.elastic)
 
     def init(self, params: Params) -> TuningState:
         """The state before the first epoch, from the stacked blocks' trainable parameters."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+        return jax.jit(self._state, out_shardings=shardings)(params)
+
+    def _state(self, params: Params) -> TuningState:
         budgets = jnp.asarray(self.calibration.budgets)
         return TuningState(
             params=params,
             optimizer=self._optimizer.init(params),
             thresholds=untrained_threshold(budgets, self.elastic.slice_bits),
         )
+
+    @cached_property
+    def abstract_state(self) -> TuningState:
+        """Shapes, types and shardings of the state."""
+
+        def make(layers: Params) -> TuningState:
+            keys = jax.random.split(jax.random.key(0), self.config.num_hidden_layers)
+            return self._state(
+                jax.vmap(lambda dense, key: trainable(dense, self.config, self.elastic, key))(layers, keys)
+            )
+
+        return self.placement.abstract(jax.eval_shape(make, self._abstract_dense["layers"]))
+
+    @cached_property
+    def pack(self) -> Callable[[Params], Params]:
+        """Jitted: stacked trainable parameters to the elastic blocks' variables."""
+        pack = jax.vmap(partial(pack_block, config=self.config, elastic=self.elastic))
+        packed = jax.eval_shape(pack, self.abstract_state.params)
+        return jax.jit(pack, out_shardings=self.placement.shardings(packed))
+
+    @cached_property
+    def _abstract_dense(self) -> Params:
+        """Shapes of the unquantized model's parameters."""
+        tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+        return jax.eval_shape(lambda tokens: Llama(self.config).init(jax.random.key(0), tokens), tokens)["params"]
 
     def epoch(self, state: TuningState, dense: Params, index: int) -> tuple[TuningState, float, bool]:
         """Steps over windows drawn from the calibration text and the generated one, each at a budget of its own.
@@ -102,13 +147,13 @@ class EndToEndTrainer:
         windows = self._draw_windows(rng)[: steps * cal.end_batch_size]
         level = rng.permutation(np.resize(np.arange(len(cal.budgets)), steps))
         bits = np.asarray(cal.budgets, np.float32)[level]
-        plan = (
-            windows.reshape(steps, cal.end_batch_size, -1),
-            level,
-            draw_widths(bits, self.elastic.slice_bits, rng).astype(np.float32) if nested else bits,
-        )
-        state, divergences, healthy = self._epoch_fns[nested](state, dense, plan)
-        return state, float(jnp.mean(divergences)), bool(healthy)
+        scalars = draw_widths(bits, self.elastic.slice_bits, rng).astype(np.float32) if nested else bits
+        batches = windows.reshape(steps, cal.end_batch_size, -1)
+        tokens = place(batches, self.placement.batched(batches.shape, dim=1))
+        plan = (tokens, *self.placement.put_whole((level.astype(np.int32), scalars)))
+        with jax.transfer_guard("disallow"):
+            state, divergences, healthy = self._epoch_fns[nested](state, dense, plan)
+        return state, float(np.mean(jax.device_get(divergences))), bool(healthy)
 
     def _draw_windows(self, rng: np.random.Generator) -> Int[np.ndarray, "W T"]:
         """The share of generated windows that the recipe wants, the rest calibration text; shuffled."""
@@ -162,7 +207,10 @@ class EndToEndTrainer:
             (state, healthy), divergences = jax.lax.scan(partial(step, dense=dense), (state, jnp.array(True)), plan)
             return state, divergences, healthy
 
-        return jax.jit(epoch, donate_argnums=0)
+        state = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+        dense, whole = self.placement.shardings(self._abstract_dense), self.placement.replicated
+        plan = (self.placement.batched((1, self.calibration.end_batch_size, 1), dim=1), whole, whole)
+        return jax.jit(epoch, donate_argnums=0, in_shardings=(state, dense, plan), out_shardings=(state, whole, whole))
 
     def _loss(self, nested: bool) -> Callable[..., tuple[Array, tuple[Array, Array]]]:
         """The loss of one step, with its divergence and by how many bits it was off its budget.

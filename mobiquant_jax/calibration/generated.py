@@ -12,6 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Int
 
+from mobiquant_jax import distributed
 from mobiquant_jax.calibration.linears import Params
 from mobiquant_jax.models import LlamaConfig
 from mobiquant_jax.models.elastic import ElasticModel
@@ -37,7 +38,7 @@ def write_windows(
 
     Args:
         config: architecture.
-        params: the unquantized model's parameters.
+        params: the unquantized model's parameters, on their devices; several processes write the same together.
         windows: calibration tokens, whose snippets the texts start from.
         count: windows to write; each holds several texts one after the other.
         seed: of the snippets and of sampling.
@@ -53,7 +54,7 @@ def write_windows(
         raise ValueError(f"windows of {length} tokens are too short to generate: more than {PROMPT_LENGTH} are needed")
     pieces = -(-count * length // piece)
     batch_size = min(BATCH_SIZE, pieces)
-    model = ElasticModel(config=config, variables={"params": jax.tree.map(jnp.asarray, params)}, dtype=dtype)
+    model = ElasticModel(config=config, variables={"params": params}, dtype=dtype)
     rng = np.random.default_rng([seed, 2])
     text = windows.ravel()
     written: list[np.ndarray] = []
@@ -73,6 +74,6 @@ def write_windows(
             eos_token_ids=(),
             cache_dtype=dtype,
         ).tokens
-        written.append(np.concatenate([prompts, np.asarray(tokens)], axis=1))
+        written.append(np.concatenate([prompts, distributed.fetch(tokens)], axis=1))
         progress(min(first + batch_size, pieces), pieces)
     return np.concatenate(written).astype(np.int32).ravel()[: count * length].reshape(count, length)

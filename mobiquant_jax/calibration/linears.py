@@ -81,7 +81,8 @@ class RoutedLinear(nn.Module):
         residuals = jnp.diff(reads, axis=0, prepend=0.0)
         every = jnp.concatenate([jnp.ones_like(masks[..., :1]), masks], axis=-1).astype(self.dtype)  # [B, T, E]
         masked = every[..., None] * x.astype(self.dtype)[..., None, :]  # [B, T, E, in]
-        y = project(masked.reshape(*x.shape[:-1], -1), residuals.reshape(-1, self.features))
+        # Two contracted dimensions, not one of their product: a mesh splits the inputs.
+        y = jnp.einsum("btei,eio->bto", masked, residuals.astype(self.dtype), preferred_element_type=jnp.float32)
         return y.astype(self.dtype)
 
 

@@ -1,30 +1,43 @@
 """Calibration of a whole model, block by block, over a full-precision and a quantized activation stream.
 
-Order on ``resume``: the folder's blocks are read instead of trained, as far as they follow one another; streams are
+All of it lies on one mesh. The streams are split over its batch axes: a device, and so a process, holds and computes
+its own windows. In the devices' memory are both streams, one block and its optimizer, and the next block's weights,
+which are read while this one trains.
+
+Order on ``resume``: the folder's blocks are read instead of trained, all but those that are damaged; streams are
 recomputed through them, so a resumed run continues with the very numbers of an uninterrupted one.
 """
 
+import contextlib
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from mobiquant_jax import distributed
 from mobiquant_jax.calibration.block import BlockReport, BlockTrainer
 from mobiquant_jax.calibration.config import CalibrationConfig
 from mobiquant_jax.calibration.end_to_end import EndToEndTrainer
 from mobiquant_jax.calibration.generated import write_windows
 from mobiquant_jax.calibration.linears import Params
+from mobiquant_jax.calibration.read_ahead import read_ahead
 from mobiquant_jax.calibration.run_dir import RunDir
 from mobiquant_jax.calibration.samples import Samples
+from mobiquant_jax.calibration.stacking import stack_blocks
 from mobiquant_jax.calibration.thresholds import record_thresholds
-from mobiquant_jax.io.checkpoint import load_tree, save_tree
+from mobiquant_jax.io import layer
+from mobiquant_jax.io.checkpoint import DamagedTree, load_tree, save_tree
 from mobiquant_jax.models import Llama, LlamaConfig
 from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel, Variables
+from mobiquant_jax.sharding import Placement, one_device
 
 
 class Observer(Protocol):
@@ -32,6 +45,9 @@ class Observer(Protocol):
 
     def on_start(self, blocks: int, resumed: int) -> None:
         """``resumed`` of the ``blocks`` are on disk already."""
+
+    def on_damaged(self, reason: str) -> None:
+        """What a block or a state of end-to-end tuning left on disk is damaged; it is computed again."""
 
     def on_epoch(self, block: int, stage: str, epoch: int, epochs: int, error: float) -> None:
         """An epoch of a block is done."""
@@ -51,7 +67,7 @@ class Observer(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrator:
-    """Calibrates one model.
+    """Calibrates one model; several processes do it together.
 
     Attributes:
         config: architecture.
@@ -59,6 +75,8 @@ class Calibrator:
         calibration: the recipe.
         run: where finished blocks go.
         observer: is told of progress.
+        mesh: the devices.
+        profile_block: number of a block, from 0, whose training is traced into the run's folder; None for none.
     """
 
     config: LlamaConfig
@@ -66,57 +84,92 @@ class Calibrator:
     calibration: CalibrationConfig
     run: RunDir
     observer: Observer
+    mesh: Mesh = field(default_factory=one_device)
+    profile_block: int | None = None
+
+    @cached_property
+    def placement(self) -> Placement:
+        """Where every array lies."""
+        return Placement.create(self.mesh, self.config, self.elastic)
 
     def calibrate(self, params: Params, windows: Int[np.ndarray, "W T"]) -> Variables:
         """Runs, or continues, a calibration.
 
         Args:
-            params: the dense model's parameters; host arrays are fine, a block goes to the device at its turn.
-            windows: calibration tokens.
+            params: the dense model's parameters on the host; a block goes to its devices at its turn.
+            windows: calibration tokens, all of them in every process.
 
         Returns:
-            The elastic model's variables, thresholds recorded.
+            The elastic model's variables on the mesh, thresholds recorded.
 
         Raises:
-            ValueError: windows that do not fit the recipe, budgets that do not fit the slices, or a group size that
-                does not fit the model.
+            ValueError: windows that do not fit the recipe, budgets that do not fit the slices, or a group size or a
+                mesh that does not fit the model or the batch.
         """
         cal = self.calibration
         if windows.shape != (cal.windows, cal.window_length):
             raise ValueError(f"windows {windows.shape} are not the recipe's {(cal.windows, cal.window_length)}")
         cal.check_slices(self.elastic.slice_bits)
         self.elastic.check_model(self.config)
-        samples = Samples.create(cal)
-        trainer = BlockTrainer(
-            config=self.config, elastic=self.elastic, calibration=cal, samples=samples, dtype=jnp.dtype(cal.dtype)
-        )
-        full = self._embed(params, windows)
-        quantized = full[samples.window]
+        self.placement.check(**cal.batches)
+        with jax.set_mesh(self.mesh):
+            trainer = BlockTrainer(
+                config=self.config,
+                elastic=self.elastic,
+                calibration=cal,
+                samples=Samples.create(cal),
+                dtype=jnp.dtype(cal.dtype),
+                mesh=self.mesh,
+            )
+            self._train_blocks(trainer, params, windows)
+            if cal.end_epochs:
+                layers = self._tune(trainer, params, windows)
+            else:
+                packed = (trainer.pack(trained) for trained in self._trained_blocks(trainer))
+                layers = stack_blocks(packed, self.config.num_hidden_layers, self.placement)
+            return self._finish(params, layers, windows)
+
+    def _train_blocks(self, trainer: BlockTrainer, params: Params, windows: Int[np.ndarray, "W T"]) -> None:
+        """Brings the run's folder to hold every block."""
         done = self._finished_blocks()
         self.observer.on_start(self.config.num_hidden_layers, done)
-        for index in range(self.config.num_hidden_layers):
-            dense = jax.tree.map(lambda leaf, index=index: jnp.asarray(leaf[index]), params["layers"])
+        full = self._embed(params, windows)
+        quantized = self._embed(params, windows[trainer.samples.window])
+
+        def read(index: int) -> Params:
+            return self.placement.put(jax.tree.map(lambda leaf: layer(leaf, index), params["layers"]))
+
+        for index, dense in enumerate(read_ahead(read, self.config.num_hidden_layers)):
             target = trainer.dense_block(dense, full)
-            if index < done:
-                trained = load_tree(self.run.block(index), trainer.abstract_params(dense))
-            else:
+            trained = self._load(self.run.block(index), trainer.abstract_trained)
+            if trained is None:
                 trained = self._train_block(trainer, dense, quantized, target, index)
             quantized = trainer.packed_block(trainer.pack(trained), quantized)
             full = target
-        del full, quantized
-        layers = self._read_blocks(trainer, params) if not cal.end_epochs else self._tune(trainer, params, windows)
-        return self._finish(params, layers, windows)
 
-    def _embed(self, params: Params, windows: Int[np.ndarray, "W T"]) -> Float[Array, "W T D"]:
-        embed: Callable[..., Any] = jax.jit(lambda p, tokens: Llama(self.config).apply(p, tokens, method="embed"))
-        return embed({"params": {"embedder": params["embedder"]}}, jnp.asarray(windows))
+    def _embed(self, params: Params, windows: Int[np.ndarray, "N T"]) -> Float[Array, "N T D"]:
+        embedder = self.placement.put({"embedder": params["embedder"]})
+        stream = self.placement.batched((*windows.shape, self.config.hidden_size))
+        embed = jax.jit(lambda p, tokens: Llama(self.config).apply(p, tokens, method="embed"), out_shardings=stream)
+        return embed({"params": embedder}, self.placement.put_batch(windows))
 
     def _finished_blocks(self) -> int:
         """How many blocks from the first one on are on disk; orbax renames a block into place when it is complete."""
         count = 0
         while count < self.config.num_hidden_layers and self.run.block(count).is_dir():
             count += 1
-        return count
+        return distributed.from_main(count)
+
+    def _load(self, path: Path, like: Any) -> Any:
+        """A saved tree, or None where there is none, or a damaged one, which is removed."""
+        if not distributed.from_main(int(path.is_dir())):
+            return None
+        try:
+            return load_tree(path, like)
+        except DamagedTree as error:
+            self.observer.on_damaged(str(error))
+            self.run.remove(path)
+            return None
 
     def _train_block(self, trainer: BlockTrainer, dense: Params, quantized: Array, target: Array, index: int) -> Params:
         start = time.perf_counter()
@@ -124,7 +177,9 @@ class Calibrator:
         def on_epoch(stage: str, epoch: int, epochs: int, error: float) -> None:
             self.observer.on_epoch(index, stage, epoch, epochs, error)
 
-        trained, report = trainer.train(dense, quantized, target, index, on_epoch)
+        traced = index == self.profile_block
+        with jax.profiler.trace(str(self.run.profile)) if traced else contextlib.nullcontext():
+            trained, report = trainer.train(dense, quantized, target, index, on_epoch)
         save_tree(self.run.block(index), trained)
         seconds = time.perf_counter() - start
         self.run.log(
@@ -134,81 +189,76 @@ class Calibrator:
                 "after": report.after,
                 "bits": report.bits,
                 "seconds": round(seconds, 3),
+                "flops": report.flops,
                 "note": report.note,
             }
         )
         self.observer.on_block(index, report, seconds)
         return trained
 
-    def _read_blocks(self, trainer: BlockTrainer, params: Params) -> Params:
-        """The packed blocks, stacked on the host; one block at a time is on the device."""
-        packed = (jax.device_get(trainer.pack(trained)) for trained in self._trained_blocks(trainer, params))
-        return jax.tree.map(lambda *leaves: np.stack(leaves), *packed)
-
-    def _trained_blocks(self, trainer: BlockTrainer, params: Params) -> Iterator[Params]:
-        like = trainer.abstract_params(jax.tree.map(lambda leaf: leaf[0], params["layers"]))
+    def _trained_blocks(self, trainer: BlockTrainer) -> Iterator[Params]:
         for index in range(self.config.num_hidden_layers):
-            yield load_tree(self.run.block(index), like)
+            yield load_tree(self.run.block(index), trainer.abstract_trained)
 
     def _tune(self, trainer: BlockTrainer, params: Params, windows: Int[np.ndarray, "W T"]) -> Params:
         """End-to-end tuning from the trained blocks; the state is saved now and then and the one before it removed."""
         cal = self.calibration
+        dense = self.placement.put(params)
         tuner = EndToEndTrainer(
             config=self.config,
             elastic=self.elastic,
             calibration=cal,
             windows=windows,
-            generated=self._generated(params, windows),
+            generated=self._generated(dense, windows),
             dtype=jnp.dtype(cal.dtype),
+            mesh=self.mesh,
         )
-        blocks = [jax.device_get(block) for block in self._trained_blocks(trainer, params)]
-        state = tuner.init(jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *blocks))
-        first = self.run.tuned_epochs()
-        if first:
-            like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
-            state = load_tree(self.run.tuned(first), like)
-        dense = jax.tree.map(jnp.asarray, params)
+        state = None
+        while state is None and (first := distributed.from_main(self.run.tuned_epochs())):
+            state = self._load(self.run.tuned(first), tuner.abstract_state)
+        if state is None:
+            blocks = self._trained_blocks(trainer)
+            state = tuner.init(stack_blocks(blocks, self.config.num_hidden_layers, self.placement))
         saved, saved_at = first, time.perf_counter()
         for epoch in range(first, cal.end_epochs):
             start = time.perf_counter()
             state, divergence, healthy = tuner.epoch(state, dense, epoch)
-            if time.perf_counter() - saved_at >= cal.end_save_seconds:
+            # One process's clock decides for all.
+            if distributed.from_main(int(time.perf_counter() - saved_at >= cal.end_save_seconds)):
                 save_tree(self.run.tuned(epoch + 1), state)
-                self.run.remove_tuned(saved)
+                self.run.remove(self.run.tuned(saved))
                 saved, saved_at = epoch + 1, time.perf_counter()
             seconds = time.perf_counter() - start
             self.run.log({"epoch": epoch, "divergence": divergence, "healthy": healthy, "seconds": round(seconds, 3)})
             self.observer.on_tuned(epoch + 1, cal.end_epochs, divergence, healthy, seconds)
-        return jax.vmap(trainer.pack)(state.params)
+        return tuner.pack(state.params)
 
     def _generated(self, params: Params, windows: Int[np.ndarray, "W T"]) -> Int[np.ndarray, "G T"]:
         """The windows that the unquantized model wrote: those of the run's folder, so that it resumes with the same."""
         cal = self.calibration
         if not cal.end_generated_windows:
             return windows[:0]
-        if not self.run.generated.is_file():
-            self.run.save_generated(
-                write_windows(
-                    self.config,
-                    params,
-                    windows,
-                    cal.end_generated_windows,
-                    seed=cal.seed,
-                    dtype=jnp.dtype(cal.dtype),
-                    progress=self.observer.on_generated,
-                )
+        if not distributed.from_main(int(self.run.generated.is_file())):
+            written = write_windows(
+                self.config,
+                params,
+                windows,
+                cal.end_generated_windows,
+                seed=cal.seed,
+                dtype=jnp.dtype(cal.dtype),
+                progress=self.observer.on_generated,
             )
+            distributed.on_main(f"saving '{self.run.generated}'", lambda: self.run.save_generated(written))
         return np.load(self.run.generated)
 
     def _finish(self, params: Params, layers: Params, windows: Int[np.ndarray, "W T"]) -> Variables:
         """Puts the untouched parts around the packed layers and records thresholds."""
-        around = {name: jax.tree.map(jnp.asarray, part) for name, part in params.items() if name != "layers"}
-        layers = jax.tree.map(jnp.asarray, layers)
+        around = self.placement.put({name: part for name, part in params.items() if name != "layers"})
         variables: Variables = {
             "params": {**around, "layers": layers["params"]},
             "slices": {"layers": layers["slices"]},
             "routing": {"layers": layers["routing"]},
         }
-        model = ElasticModel(config=self.config, elastic=self.elastic, variables=variables)
+        model = ElasticModel(config=self.config, elastic=self.elastic, variables=variables, placement=self.placement)
         chosen = windows[:: len(windows) // self.calibration.threshold_windows][: self.calibration.threshold_windows]
         return record_thresholds(model, chosen, self.calibration.threshold_scope, self.observer.on_budget)

@@ -1,10 +1,14 @@
 """The folder of a calibration run: what was asked for, the finished blocks, and what came out.
 
+Several processes see the same folder. Process 0 alone makes and removes things in it, but for the parts of a saved
+tree, which each process writes of its own devices.
+
 run.json       config, fingerprints of model and data, provenance
 generated.npy  windows that the unquantized model wrote, where the recipe wants some
 blocks/NNN/    each finished block, until the checkpoint is complete
 tuned/NNN/     the last saved state of end-to-end tuning, until then too
 metrics.jsonl  a line a block
+profile/       the trace of a block, where one was asked for
 checkpoint/    the elastic checkpoint
 """
 
@@ -18,6 +22,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from mobiquant_jax import distributed
 from mobiquant_jax.files import read_json_object
 
 _IDENTITY = ("config", "model", "data")
@@ -58,6 +63,11 @@ class RunDir:
         np.save(unfinished, windows)
         unfinished.rename(self.generated)
 
+    @property
+    def profile(self) -> Path:
+        """Traces of `jax.profiler`."""
+        return self.path / "profile"
+
     def tuned(self, epochs: int) -> Path:
         """The folder of the state after so many epochs of end-to-end tuning."""
         return self.path / "tuned" / f"{epochs:03d}"
@@ -67,23 +77,27 @@ class RunDir:
         folder = self.path / "tuned"
         return max((int(entry.name) for entry in folder.glob("*") if entry.name.isdigit()), default=0)
 
-    def remove_tuned(self, epochs: int) -> None:
-        """Frees the space of an earlier epoch."""
-        shutil.rmtree(self.tuned(epochs), ignore_errors=True)
+    def remove(self, saved: Path) -> None:
+        """Removes a block or a state of end-to-end tuning; no process goes on before it is gone."""
+        distributed.on_main(f"removing '{saved}'", lambda: shutil.rmtree(saved, ignore_errors=True))
 
     def remove_intermediate(self) -> None:
         """Frees the space of blocks and epochs, once the checkpoint is complete, and of saves that were killed."""
+        if not distributed.is_main():
+            return
         for folder in (self.blocks, self.path / "tuned", *self.path.glob(f".{self.checkpoint.name}.*")):
             shutil.rmtree(folder, ignore_errors=True)
 
     def log(self, record: dict[str, Any]) -> None:
-        """Appends a line to ``metrics.jsonl``."""
+        """Appends a line to ``metrics.jsonl``; process 0 does."""
+        if not distributed.is_main():
+            return
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
 
 
 def open_run(path: str | Path, record: dict[str, Any], *, resume: bool, overwrite: bool) -> RunDir:
-    """Opens the folder of a new run, or of one to be continued.
+    """Opens the folder of a new run, or of one to be continued; several processes call it together.
 
     Args:
         path: the folder.
@@ -94,8 +108,13 @@ def open_run(path: str | Path, record: dict[str, Any], *, resume: bool, overwrit
     Raises:
         ValueError: no path; both flags; a file, or a folder that holds something else; a run in the way without a flag;
             a damaged ``run.json``; a run of another config, model or data, naming what differs.
-        OSError: the folder cannot be made; nothing is left behind.
+        OSError: the folder cannot be made; nothing is left behind. Any failure, where this is not process 0.
     """
+    distributed.on_main(f"opening '{path}'", lambda: _open(path, record, resume=resume, overwrite=overwrite))
+    return RunDir(path=Path(path))
+
+
+def _open(path: str | Path, record: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
     if not str(path):
         raise ValueError("run_dir is empty: give --config.run_dir=FOLDER")
     if resume and overwrite:
@@ -110,7 +129,7 @@ def open_run(path: str | Path, record: dict[str, Any], *, resume: bool, overwrit
         raise ValueError(f"'{run.path}' holds a run: --resume continues it, --overwrite starts over")
     if manifest.is_file() and resume:
         _check_same(_read_manifest(manifest), json.loads(json.dumps(record)), run.path)
-        return run
+        return
     target = run.path.resolve()  # where a link leads, so that a run can lie on another disk
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
@@ -121,7 +140,6 @@ def open_run(path: str | Path, record: dict[str, Any], *, resume: bool, overwrit
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return run
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

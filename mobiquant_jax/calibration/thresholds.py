@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from mobiquant_jax.models.elastic import ElasticModel, Variables
 from mobiquant_jax.routing import BatchBudget, FixedThreshold, prefix_scores, threshold_for_bits
+from mobiquant_jax.sharding import Placement, one_device
 
 GLOBAL_ROUNDS = 3  # fixed-point rounds: the pooled threshold changes the activations that change the scores
 
@@ -28,7 +29,7 @@ def record_thresholds(
     """Fills every linear's ``thresholds``.
 
     Args:
-        model: an elastic model.
+        model: an elastic model; where it has a placement, call under ``jax.set_mesh`` of its mesh.
         windows: calibration tokens; run as one batch.
         scope: ``"linear"``: every linear reads ``bits`` on average. ``"global"``: one threshold for all linears,
             at which the model reads ``bits`` on average, so that sensitive linears may read more.
@@ -42,14 +43,15 @@ def record_thresholds(
     """
     if model.elastic is None:
         raise ValueError("an unquantized model has no thresholds to record")
-    tokens = jnp.asarray(windows)
+    placement = model.placement or Placement.create(one_device(), model.config, model.elastic)
+    tokens = placement.put_batch(windows)
     record = _record_linear if scope == "linear" else _record_global
-    compiled = jax.jit(partial(record, model))
+    compiled = jax.jit(partial(record, model), out_shardings=placement.replicated)
     columns = []
     for bits in model.elastic.budget_grid:
-        columns.append(jax.device_get(compiled(model.variables, tokens, jnp.float32(bits))))
+        columns.append(jax.device_get(compiled(model.variables, tokens, np.float32(bits))))
         progress(bits)
-    tables = jax.tree.map(lambda *column: jnp.asarray(np.stack(column, axis=-1)), *columns)
+    tables = placement.put_whole(jax.tree.map(lambda *column: np.stack(column, axis=-1), *columns))
     return {**model.variables, "routing": {"layers": tables}}
 
 

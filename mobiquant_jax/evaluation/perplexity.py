@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from mobiquant_jax import distributed
+
 MIN_BITS, MAX_BITS = 2.0, 8.0
 
 StepFn = Callable[[Any, Array, Array], tuple[Array, Array]]
@@ -148,7 +150,7 @@ def evaluate_perplexity(
     for first in range(0, len(windows), batch_size):
         rows = np.arange(first, first + batch_size) % len(windows)
         outputs.append(step(model.variables, jnp.asarray(windows[rows], jnp.int32), request))
-    summed = [np.concatenate(arrays)[: len(windows)] for arrays in zip(*jax.device_get(outputs), strict=True)]
+    summed = [np.concatenate(arrays)[: len(windows)] for arrays in zip(*distributed.fetch(outputs), strict=True)]
     nll, used_bits = (array.astype(np.float64) for array in summed)  # [n]
     predictions = windows.shape[0] * (windows.shape[1] - 1)
     return PerplexityResult(

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.textpath import TextPath
 
+from mobiquant_jax import distributed
 from mobiquant_jax.evaluation.perplexity import LanguageModel, check_bits
 from mobiquant_jax.evaluation.report import INK, STYLE
 
@@ -84,7 +85,7 @@ def measure_token_bits(model: LanguageModel, tokenizer: TextCodec, text: str, bi
         raise ValueError(f"the text {text!r} has no tokens")
     request = jnp.full(1, check_bits(bits), jnp.float32)
     _, token_bits = jax.jit(model.forward)(model.variables, jnp.asarray(ids, jnp.int32)[None], request)
-    return split_text(tokenizer, ids, np.asarray(token_bits[0], np.float64))
+    return split_text(tokenizer, ids, distributed.fetch(token_bits)[0].astype(np.float64))
 
 
 def split_text(tokenizer: TextCodec, ids: Int[np.ndarray, " N"], used: Float[np.ndarray, " N"]) -> TokenBits:

@@ -1,6 +1,6 @@
 """Models in and out: Hugging Face folders and GGUF files, their tokenizers, and the names that tie them together."""
 
-from mobiquant_jax.io.disk_leaf import DiskLeaf, materialize
+from mobiquant_jax.io.disk_leaf import DiskLeaf, layer, materialize
 from mobiquant_jax.io.gguf import GGUFFile, load_gguf, open_gguf, open_gguf_params, read_gguf_config
 from mobiquant_jax.io.hf import load_hf, open_hf, read_config, save_hf
 from mobiquant_jax.io.names import Params, TensorSpec, check_tensors, tensor_specs
@@ -14,6 +14,7 @@ __all__ = [
     "TensorSpec",
     "Tokenizer",
     "check_tensors",
+    "layer",
     "load_dense",
     "load_gguf",
     "load_hf",

@@ -116,6 +116,11 @@ def disk_tree(
     return params
 
 
+def layer(leaf: Any, index: int) -> Any:
+    """One layer of a stacked leaf: of a `DiskLeaf`, one that is not read yet."""
+    return leaf.layer(index) if isinstance(leaf, DiskLeaf) else leaf[index]
+
+
 def materialize(tree: Any) -> Any:
     """Reads every `DiskLeaf` of a tree into memory; other leaves stay as they are."""
     return jax.tree.map(lambda leaf: np.asarray(leaf) if isinstance(leaf, DiskLeaf) else leaf, tree)

@@ -8,6 +8,7 @@ from mobiquant_jax.routing.budget import (
     threshold_for_bits,
     threshold_gradient,
 )
+from mobiquant_jax.routing.fused import FusedRouter
 from mobiquant_jax.routing.gates import depth_masks, gate, mask_bits, mask_depth, prefix_masks
 from mobiquant_jax.routing.policies import (
     BatchBudget,
@@ -24,6 +25,7 @@ from mobiquant_jax.routing.router import Router, score, untrained_threshold
 __all__ = [
     "BatchBudget",
     "FixedThreshold",
+    "FusedRouter",
     "NormBudget",
     "Policy",
     "RandomDepth",

@@ -3,6 +3,7 @@
 from mobiquant_jax.serving.engine import Chunk, DecodeFn, Generation, generate, stream
 from mobiquant_jax.serving.packed import PackedModel, ServingArrays, device_bytes, prepare
 from mobiquant_jax.serving.sampling import SamplingConfig, sample
+from mobiquant_jax.serving.transcript import Transcript
 
 __all__ = [
     "Chunk",
@@ -11,6 +12,7 @@ __all__ = [
     "PackedModel",
     "SamplingConfig",
     "ServingArrays",
+    "Transcript",
     "device_bytes",
     "generate",
     "prepare",

@@ -25,10 +25,13 @@ class DenseSite:
     kernels: tuple[Float[Array, "D out"], ...]
     segments: tuple[int, ...] = field(metadata={"static": True})
 
+    def thresholds_at(self, bits: Any) -> None:
+        """None: nothing is routed. See `Site`."""
+
     def __call__(
-        self, x: Float[Array, "B T D"], bits: Any, layer: int, dtype: DTypeLike
+        self, x: Float[Array, "B T D"], thresholds: None, layer: int, dtype: DTypeLike
     ) -> tuple[list[Float[Array, "B T out"]], Float[Array, "B T"]]:
-        """Multiplies; ``bits`` is unused. See `Site`."""
+        """Multiplies. See `Site`."""
         kernel = self.kernels[layer]
         ends = [sum(self.segments[: i + 1]) for i in range(len(self.segments) - 1)]
         read = jnp.full(x.shape[:2], float(kernel.size * kernel.dtype.itemsize * 8), jnp.float32)
@@ -38,7 +41,7 @@ class DenseSite:
 class DenseModel(PackedModel):
     """`PackedModel` whose sites are `DenseSite`, with its layers unrolled."""
 
-    def _over_layers(self, layer: Any, start: Carry) -> Carry:
+    def _repeat(self, layer: Any, start: Carry) -> Carry:
         for index in range(self.config.num_hidden_layers):
             start = layer(index, start)
         return start

@@ -1,5 +1,6 @@
 """Batched text generation: prefill and decoding loop run on the device, without a host round trip per token."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -128,6 +129,7 @@ def stream(
     *,
     max_new_tokens: int,
     chunk_tokens: int = 8,
+    first_chunk_tokens: int | None = None,
     key: PRNGKeyArray | None = None,
     bits: Any = None,
     sampling: SamplingConfig | None = None,
@@ -144,6 +146,7 @@ def stream(
         lengths: Prompt tokens of each row, at least 1.
         max_new_tokens: Most tokens to add to a row.
         chunk_tokens: Decoding steps between two chunks.
+        first_chunk_tokens: Tokens of the first chunk, as many as of the others if None; 1 is what the prefill draws.
         key: Randomness of sampling; needed unless decoding is greedy.
         bits: Average bits, a scalar or one per row; handed to ``decode_fn``.
         sampling: How tokens are drawn; greedy if None.
@@ -154,20 +157,22 @@ def stream(
         The chunks; joined, each row's tokens are those of `generate`.
 
     Raises:
-        ValueError: As `generate`, or ``chunk_tokens`` is below 1.
+        ValueError: As `generate`, or a chunk would be empty.
     """
-    if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
+    first = chunk_tokens if first_chunk_tokens is None else first_chunk_tokens
+    for name, count in ("chunk_tokens", chunk_tokens), ("first_chunk_tokens", first):
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
     plan = _plan(decode_fn, config, max_new_tokens, eos_token_ids, sampling, cache_dtype)
     # Checked here and not in the generator, so that a mistake shows at the call.
-    return _stream(plan, variables, _checked_inputs(plan, prompts, lengths, bits, key), chunk_tokens)
+    inputs = _checked_inputs(plan, prompts, lengths, bits, key)
+    return _stream(plan, variables, inputs, [0, *range(first, max_new_tokens, chunk_tokens), max_new_tokens])
 
 
-def _stream(plan: _Plan, variables: Any, inputs: tuple[Any, ...], chunk_tokens: int) -> Iterator[Chunk]:
+def _stream(plan: _Plan, variables: Any, inputs: tuple[Any, ...], bounds: Sequence[int]) -> Iterator[Chunk]:
     prompts, lengths, bits, key = inputs
     state = _prefill_jit(plan, variables, prompts, lengths, bits, key)
-    for start in range(0, plan.max_new_tokens, chunk_tokens):
-        stop = min(start + chunk_tokens, plan.max_new_tokens)
+    for start, stop in itertools.pairwise(bounds):
         state = _advance_jit(plan, variables, state, bits, stop)
         tokens, ends, ended, mean_bits = jax.device_get((state.tokens, state.lengths, state.ended, state.mean_bits))
         yield Chunk([row[start : min(end, stop)] for row, end in zip(tokens, ends, strict=True)], mean_bits)

@@ -2,7 +2,7 @@
 
 The same mathematics as `Llama` over `ElasticLinear`, written as one pure function over arrays made for it: linears of
 one input are fused, and the loop over layers carries an index, since a slice of the stacked weights would be copied
-before a kernel could read it.
+before a kernel could read it. Where there are kernels for it, a step's layers are one call instead: see `one_call`.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,12 +14,13 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int
 
-from mobiquant_jax.models.attention import attention
 from mobiquant_jax.models.config import LlamaConfig
 from mobiquant_jax.models.elastic import ElasticModel
-from mobiquant_jax.models.kv_cache import KVCache, LayerCache
+from mobiquant_jax.models.kv_cache import KVCache
 from mobiquant_jax.models.layers import project, rms_norm, swiglu
-from mobiquant_jax.models.rope import apply_rope, inverse_frequencies
+from mobiquant_jax.ops import Implementation
+from mobiquant_jax.serving.attention import attend
+from mobiquant_jax.serving.one_call import layers_in_one_call, supports_one_call
 from mobiquant_jax.serving.site import Site, fuse_site
 
 Carry = tuple[Array, KVCache, Array]  # residual stream, cache, weight bits read by each token
@@ -82,58 +83,50 @@ class PackedModel:
         batch, length = tokens.shape
         positions = cache.length[:, None] + jnp.arange(length, dtype=jnp.int32)
         target = jnp.broadcast_to(jnp.asarray(bits, jnp.float32), (batch,))
-
-        def layer(index: Any, carry: Carry) -> Carry:
-            x, cache, read = carry
-            normed = rms_norm(x, variables.attention_norm[index], cfg.rms_norm_eps)
-            mixed, cache, attention_read = self._attention(variables, normed, positions, cache, target, index)
-            x = x + mixed
-            normed = rms_norm(x, variables.mlp_norm[index], cfg.rms_norm_eps)
-            (gate, up), up_read = variables.sites["gate_up"](normed, target, index, self.dtype)
-            (down,), down_read = variables.sites["down"](swiglu(gate, up), target, index, self.dtype)
-            return x + down, cache, read + attention_read + up_read + down_read
-
+        thresholds = {name: site.thresholds_at(target) for name, site in variables.sites.items()}
         with jax.named_scope("embed"):
             x = variables.embedding[tokens].astype(self.dtype)
-        start = (x, cache, jnp.zeros(tokens.shape, jnp.float32))
-        x, cache, read = self._over_layers(layer, start)
+        run = layers_in_one_call if supports_one_call(x, cache, variables.sites) else self._over_layers
+        x, cache, read = run(cfg, variables, thresholds, x, positions, cache)
         with jax.named_scope("unembed"):
             x = rms_norm(x, variables.final_norm, cfg.rms_norm_eps)
             logits = project(x, variables.embedding.T if variables.head is None else variables.head)
         weights = float(cfg.num_hidden_layers * sum(rows * columns for rows, columns in cfg.linear_shapes().values()))
         return logits, read / weights, KVCache(k=cache.k, v=cache.v, length=cache.length + length)
 
-    def _over_layers(self, layer: Callable[[Any, Carry], Carry], start: Carry) -> Carry:
+    def _over_layers(
+        self, cfg: LlamaConfig, variables: ServingArrays, thresholds: Any, x: Array, positions: Array, cache: KVCache
+    ) -> Carry:
+        def site(name: str, x: Array, index: Any) -> tuple[list[Array], Array]:
+            return variables.sites[name](x, thresholds[name], index, self.dtype)
+
+        def layer(index: Any, carry: Carry) -> Carry:
+            x, cache, read = carry
+            normed = rms_norm(x, variables.attention_norm[index], cfg.rms_norm_eps)
+            qkv, qkv_read = site("qkv", normed, index)
+            mixed, cache = attend(cfg, qkv, positions, cache, index)
+            (out,), out_read = site("o", mixed, index)
+            x = x + out
+            normed = rms_norm(x, variables.mlp_norm[index], cfg.rms_norm_eps)
+            (gate, up), up_read = site("gate_up", normed, index)
+            (down,), down_read = site("down", swiglu(gate, up), index)
+            return x + down, cache, read + qkv_read + out_read + up_read + down_read
+
+        return self._repeat(layer, (x, cache, jnp.zeros(positions.shape, jnp.float32)))
+
+    def _repeat(self, layer: Callable[[Any, Carry], Carry], start: Carry) -> Carry:
         return jax.lax.fori_loop(0, self.config.num_hidden_layers, layer, start)
 
-    def _attention(
-        self, variables: ServingArrays, x: Array, positions: Array, cache: KVCache, bits: Array, index: Array
-    ) -> tuple[Float[Array, "B T D"], KVCache, Float[Array, "B T"]]:
-        cfg = self.config
-        outputs, read = variables.sites["qkv"](x, bits, index, self.dtype)
-        q, k, v = (y.reshape(*x.shape[:2], -1, cfg.head_dim) for y in outputs)
-        frequencies = inverse_frequencies(cfg)
-        q, k = apply_rope(q, positions, frequencies), apply_rope(k, positions, frequencies)
-        rows = jnp.arange(x.shape[0])[:, None]
-        # The whole cache is carried and written in place: as scanned slices it would be copied once a token.
-        cache = KVCache(
-            k=cache.k.at[index, rows, positions].set(k.astype(cache.k.dtype), mode="drop"),
-            v=cache.v.at[index, rows, positions].set(v.astype(cache.v.dtype), mode="drop"),
-            length=cache.length,
-        )
-        mine = LayerCache(k=cache.k[index], v=cache.v[index])
-        slots = jnp.arange(cache.k.shape[2])[None]
-        mixed = attention(q, mine.k.astype(q.dtype), mine.v.astype(q.dtype), positions, slots)
-        (out,), out_read = variables.sites["o"](mixed.reshape(*x.shape[:2], -1), bits, index, self.dtype)
-        return out, cache, read + out_read
 
-
-def prepare(model: ElasticModel, dtype: DTypeLike = jnp.bfloat16) -> PackedModel:
+def prepare(
+    model: ElasticModel, dtype: DTypeLike = jnp.bfloat16, implementation: Implementation | None = None
+) -> PackedModel:
     """Repacks a calibrated model for serving, on the device it is on.
 
     Args:
         model: an elastic model. Its arrays stay as they are; drop it to free them.
         dtype: type of the activations, the embedding, the head and the routers' first layers.
+        implementation: of the elastic matmul, which also chooses the weights' layout; the platform's if None.
 
     Raises:
         ValueError: the model is not elastic, or its weights have no serving layout.
@@ -148,12 +141,12 @@ def prepare(model: ElasticModel, dtype: DTypeLike = jnp.bfloat16) -> PackedModel
         final_norm=params["final_norm"]["scale"],
         attention_norm=params["layers"]["attention_norm"]["scale"],
         mlp_norm=params["layers"]["mlp_norm"]["scale"],
-        sites={name: _site(model, paths, dtype) for name, paths in SITES.items()},
+        sites={name: _site(model, paths, dtype, implementation) for name, paths in SITES.items()},
     )
     return PackedModel(config=model.config, variables=arrays, dtype=dtype)
 
 
-def _site(model: ElasticModel, paths: tuple[str, ...], dtype: DTypeLike) -> Site:
+def _site(model: ElasticModel, paths: tuple[str, ...], dtype: DTypeLike, implementation: Implementation | None) -> Site:
     assert model.elastic is not None
 
     def leaves(collection: str, name: str) -> list[Any]:
@@ -169,6 +162,7 @@ def _site(model: ElasticModel, paths: tuple[str, ...], dtype: DTypeLike) -> Site
         leaves("routing", "thresholds"),
         model.elastic.budget_grid,
         dtype,
+        implementation,
     )
 
 

@@ -13,13 +13,13 @@ from mobiquant_jax.ops import TiledWeight
 from mobiquant_jax.ops.sliced_matmul.layout import (
     BLOCK_INPUTS,
     TILE_OUTPUTS,
-    TILED_SLICE_BITS,
+    check_served_slices,
     check_tileable_group,
 )
-from mobiquant_jax.routing import Router, score, threshold_for_bits
+from mobiquant_jax.routing import FusedRouter, Router, score, threshold_for_bits
 from mobiquant_jax.serving.dense import DenseModel, DenseSite
 from mobiquant_jax.serving.packed import SITES, PackedModel, ServingArrays
-from mobiquant_jax.serving.site import Site, SiteRouter
+from mobiquant_jax.serving.site import Site
 
 _THRESHOLD_TOKENS = 1024
 
@@ -38,8 +38,15 @@ def random_packed(
     Raises:
         ValueError: shapes, slices or a group size without a serving layout.
     """
-    if elastic.slice_bits != TILED_SLICE_BITS:
-        raise ValueError(f"slice bits {elastic.slice_bits} have no serving layout, only {TILED_SLICE_BITS}")
+    check_packable(config, elastic)
+    keys = dict(zip(SITES, jax.random.split(key, len(SITES)), strict=True))
+    sites = {name: _packed_site(config, elastic, paths, keys[name], dtype) for name, paths in SITES.items()}
+    return PackedModel(config=config, variables=_around(config, key, sites, dtype), dtype=dtype)
+
+
+def check_packable(config: LlamaConfig, elastic: ElasticConfig) -> None:
+    """Raises ValueError unless weights of these shapes can be drawn in the serving layout."""
+    check_served_slices(elastic.slice_bits)
     check_tileable_group(elastic.group_size)
     for path, (inputs, outputs) in config.linear_shapes().items():
         if inputs % BLOCK_INPUTS or outputs % TILE_OUTPUTS or inputs % elastic.group_size:
@@ -47,9 +54,6 @@ def random_packed(
                 f"{path} [{inputs}, {outputs}] cannot be drawn in the serving layout: it takes inputs in multiples of "
                 f"{BLOCK_INPUTS} and of the group size {elastic.group_size}, outputs in multiples of {TILE_OUTPUTS}"
             )
-    keys = dict(zip(SITES, jax.random.split(key, len(SITES)), strict=True))
-    sites = {name: _packed_site(config, elastic, paths, keys[name], dtype) for name, paths in SITES.items()}
-    return PackedModel(config=config, variables=_around(config, key, sites, dtype), dtype=dtype)
 
 
 def random_dense(config: LlamaConfig, key: Key[Array, ""], dtype: DTypeLike = jnp.bfloat16) -> DenseModel:
@@ -99,18 +103,20 @@ def _packed_site(
         segments=segments,
     )
 
+    grid = jnp.asarray(elastic.budget_grid)
+
     def router(key: Key[Array, ""], sample: Array) -> tuple[Router, Array]:
         made = Router.create(key, inputs, elastic.router_hidden_size, slices)
         scores = score(made, sample)
-        table = [threshold_for_bits(scores, bits, elastic.slice_bits) for bits in elastic.budget_grid]
-        return made, jnp.clip(jnp.stack(table), -1e9, 1e9)
+        table = jax.vmap(lambda bits: threshold_for_bits(scores, bits, elastic.slice_bits))(grid)
+        return made, jnp.clip(table, -1e9, 1e9)
 
     sample = jax.random.normal(input_key, (_THRESHOLD_TOKENS, inputs))
     router_keys = jax.random.split(router_key, (layers, len(paths)))
     routers, tables = jax.jit(jax.vmap(jax.vmap(router, (0, None)), (0, None)))(router_keys, sample)
     return Site(
         weight=weight,
-        router=SiteRouter(
+        router=FusedRouter(
             hidden=jnp.moveaxis(routers.hidden, 1, 2).reshape(layers, inputs, -1).astype(dtype),
             magnitude=routers.magnitude,
             hidden_bias=routers.hidden_bias,

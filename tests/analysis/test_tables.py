@@ -9,6 +9,7 @@ import pytest
 
 from mobiquant_jax.analysis.depth_table import forward_at, table_bits
 from mobiquant_jax.analysis.knapsack import knapsack
+from mobiquant_jax.analysis.markdown import policies_table
 from mobiquant_jax.analysis.sensitivity import Sensitivity
 from mobiquant_jax.analysis.static import allocate, base_depths, candidates
 from mobiquant_jax.routing import RandomDepth
@@ -93,3 +94,23 @@ def test_the_best_candidate_is_chosen(model, tokens, divergence):
         losses = [np.mean([divergence(table, window[None]) for window in tokens]) for table in tried]
         assert allocation.divergence == pytest.approx(min(losses), abs=1e-5)
         np.testing.assert_array_equal(allocation.table, tried[int(np.argmin(losses))])
+
+
+def test_policies_as_markdown():
+    rows = [("router", 2.5, 4.0), ("static", 2.5, 3.126), ("router", 3.0, 2.0)]
+    numbers = {
+        "policies": [{"name": n, "asked_bits": b, "perplexity": p} for n, b, p in rows],
+        "provenance": {"command": "x --a", "commit": "0123456789", "devices": ["cpu"], "versions": {"jax": "1"}},
+        "windows": 4,
+        "window_length": 64,
+    }
+    assert policies_table(numbers).splitlines() == [
+        "| average bits | router | static |",
+        "|---|---|---|",
+        "| 2.5 | 4.00 | 3.13 |",
+        "| 3 | 2.00 | - |",
+        "",
+        "`x --a` at 0123456: 4 windows of 64 tokens; cpu; jax 1.",
+    ]
+    with pytest.raises(ValueError, match="lacks windows"):
+        policies_table({key: value for key, value in numbers.items() if key != "windows"})

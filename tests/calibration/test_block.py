@@ -60,7 +60,7 @@ def groups_changed(before, after):
 def start(trainer, dense, index=0):
     """The parameters that training starts from."""
     key = jax.random.fold_in(jax.random.key(trainer.calibration.seed), index)
-    return trainable(dense, trainer.config, trainer.elastic, key)
+    return jax.jit(partial(trainable, config=trainer.config, elastic=trainer.elastic))(dense, key=key)
 
 
 @pytest.fixture
@@ -160,7 +160,8 @@ def test_a_loss_that_is_not_a_number_ends_training_at_the_best_step(trainer, inp
             epochs.append(stage.name)
             quantized, target, window = streams
             if len(epochs) == 3:  # one number of one window: the other steps of the epoch are healthy
-                target = target.at[2, 3, 4].set(jnp.nan)
+                with jax.transfer_guard("allow"):
+                    target = target.at[2, 3, 4].set(jnp.nan)
             return epoch_fn(self, stage)(params, state, dense, (quantized, target, window), plan)
 
         return epoch
@@ -192,6 +193,15 @@ def test_an_error_that_rises_ends_training_at_the_best_step(trainer, inputs, den
     scripted([1.0, float("nan")])
     _, report = trainer.train(dense, *inputs, 0)
     assert report.note.startswith("non-finite loss in epoch 1") and report.after == 1.0
+
+
+def test_nothing_comes_from_the_host_inside_an_epoch(trainer, inputs, dense, monkeypatch):
+    def careless(self, stage):
+        return lambda params, state, dense, streams, plan: (params, state, streams[0][0, 0, 0] + np.float32(1) > 0)
+
+    monkeypatch.setattr(BlockTrainer, "epoch_fn", careless)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
+        trainer.train(dense, *inputs, 0)
 
 
 @pytest.mark.parametrize(

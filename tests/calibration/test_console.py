@@ -19,6 +19,7 @@ def test_a_line_a_block(capsys):
     observer = ConsoleObserver()
     observer.on_start(3, resumed=1)
     report = BlockReport(before=0.5, after=0.25, bits=4.25, note="")
+    observer.on_damaged("'runs/x/blocks/001' cannot be read: file 'd' is missing")
     observer.on_epoch(1, "nested", 1, 2, 0.3)
     observer.on_block(1, report, 1.25)
     observer.on_block(2, BlockReport(before=0.5, after=0.5, bits=4.0, note="non-finite loss"), 1.0)
@@ -26,6 +27,7 @@ def test_a_line_a_block(capsys):
     observer.on_tuned(2, 3, 0.125, False, 60.0)
     observer.on_budget(8.0)
     lines = capsys.readouterr().out.splitlines()
+    assert lines.pop(1) == "'runs/x/blocks/001' cannot be read: file 'd' is missing; it is computed again"
     assert lines[0] == "1 of 3 blocks are on disk already; continuing with block 2"
     assert re.fullmatch(r"block  2/3  error 0.5 -> 0.25  4.25 bits  1.2 s  \|  0:00 done, 0:00 left", lines[1])
     assert lines[2].startswith("block  3/3  error 0.5 -> 0.5")
@@ -53,3 +55,10 @@ def test_a_terminal_sees_epochs_and_budgets(capsys, monkeypatch):
 def test_a_resume_with_nothing_left_to_train(capsys):
     ConsoleObserver().on_start(5, resumed=5)
     assert capsys.readouterr().out == "5 of 5 blocks are on disk already; none is left to train\n"
+
+
+def test_the_share_of_the_peak_that_training_reached(capsys):
+    observer = ConsoleObserver(peak_flops=4e12)
+    observer.on_start(1, resumed=0)
+    observer.on_block(0, BlockReport(before=0.5, after=0.25, bits=4.0, note="", flops=2e12), 2.0)
+    assert "  2.0 s  MFU 25.0%  |  " in capsys.readouterr().out

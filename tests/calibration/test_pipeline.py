@@ -5,14 +5,17 @@ here a block's parameters are a function of what it was given, so that any mista
 """
 
 import json
+import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mobiquant_jax.calibration import BlockReport, BlockTrainer, Calibrator, RunDir
+from mobiquant_jax.calibration import BlockReport, BlockTrainer, Calibrator, RunDir, pipeline
+from mobiquant_jax.calibration.end_to_end import EndToEndTrainer
 from mobiquant_jax.calibration.linears import trainable
 from mobiquant_jax.io.checkpoint import abstract_variables
 from mobiquant_jax.models import Block
@@ -36,6 +39,9 @@ class Recorder:
         self.events.append(("block", block, report.after))
         if block == self.stop_after:
             raise KeyboardInterrupt
+
+    def on_damaged(self, reason):
+        self.events.append(("damaged", reason))
 
     def on_generated(self, done, total):
         self.events.append(("generated", done, total))
@@ -159,14 +165,59 @@ def test_windows_and_sizes_that_do_not_fit_are_named_before_anything_is_written(
     assert not trained and not list(calibrator("run", Recorder()).run.path.iterdir())
 
 
-def test_a_damaged_block_is_named(calibrator, trained, params, windows):
+def test_a_damaged_block_is_named_and_trained_again(calibrator, trained, params, windows, monkeypatch):
+    """One bit of the first block; the second one stays as it is."""
+    monkeypatch.setattr(pipeline, "record_thresholds", lambda model, *more: model.variables)
     with pytest.raises(KeyboardInterrupt):
-        calibrator("run", Recorder(stop_after=0)).calibrate(params, windows)
-    calibrator = calibrator("run", Recorder())
-    files = (file for file in calibrator.run.block(0).rglob("*") if file.is_file())
+        calibrator("run", Recorder(stop_after=1)).calibrate(params, windows)
+    damaged = calibrator("run", observer := Recorder())
+    files = (file for file in damaged.run.block(0).rglob("*") if file.is_file())
     largest = max(files, key=lambda file: file.stat().st_size)
-    largest.write_bytes(largest.read_bytes()[:-5])
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 16
+    untouched = damaged.run.block(1).stat().st_mtime_ns
+    largest.write_bytes(content)
     trained.clear()
-    with pytest.raises(ValueError, match=f"'{calibrator.run.block(0)}' cannot be read") as error:
-        calibrator.calibrate(params, windows)
-    assert "bytes long, not" in str(error.value) and not trained
+    damaged.calibrate(params, windows)
+    assert [event[:2] for event in observer.events[:4]] == [
+        ("start", 2),
+        ("damaged", observer.events[1][1]),
+        ("epoch", 0),
+        ("block", 0),
+    ]
+    name = largest.relative_to(damaged.run.block(0)).as_posix()
+    message = (
+        f"'{damaged.run.block(0)}' cannot be read as this model's variables: file '{name}' is not what was written"
+    )
+    assert observer.events[1][1].startswith(message) and "\n" not in observer.events[1][1]
+    assert list(trained) == [0] and damaged.run.block(1).stat().st_mtime_ns == untouched
+
+
+def test_a_full_disk_ends_the_run_with_what_was_saved(calibrator, trained, params, windows, monkeypatch):
+    def full(path):
+        return SimpleNamespace(free=0 if list(trained) == [0, 1] else 10**9)
+
+    monkeypatch.setattr(shutil, "disk_usage", full)
+    monkeypatch.setattr(pipeline, "record_thresholds", lambda model, *more: model.variables)
+    run = calibrator("run", Recorder())
+    with pytest.raises(OSError, match="no space left"):
+        run.calibrate(params, windows)
+    assert [entry.name for entry in run.run.blocks.iterdir()] == ["000"]
+    assert len((run.run.path / "metrics.jsonl").read_text().splitlines()) == 1
+    trained.clear()
+    run.calibrate(params, windows)
+    assert list(trained) == [1]
+
+
+def test_a_damaged_state_of_tuning_is_computed_again(calibrator, trained, params, windows, monkeypatch):
+    monkeypatch.setattr(EndToEndTrainer, "epoch", lambda self, state, dense, index: (state, 0.5 + index, True))
+    changes = dict(end_nested_epochs=2, end_save_seconds=0.0)
+    monkeypatch.setattr(pipeline, "record_thresholds", lambda model, *more: model.variables)
+    first = calibrator("run", Recorder(), **changes)
+    wanted = first.calibrate(params, windows)
+    largest = max((f for f in first.run.tuned(2).rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-3])
+    found = calibrator("run", observer := Recorder(), **changes).calibrate(params, windows)
+    assert [event[0] for event in observer.events[:4]] == ["start", "damaged", "tuned", "tuned"]
+    assert "bytes long, not" in observer.events[1][1]
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)

@@ -128,7 +128,7 @@ def test_unfinished_epochs_do_not_count_and_all_of_it_is_removed_at_the_end(tmp_
     for folder in (run.block(0), run.tuned(1), run.tuned(2), run.checkpoint, *left_by_a_kill):
         folder.mkdir(parents=True)
     assert run.tuned_epochs() == 2
-    run.remove_tuned(1)
+    run.remove(run.tuned(1))
     assert not run.tuned(1).exists() and run.tuned(2).exists()
     run.log({"block": 0})
     run.log({"block": 1})

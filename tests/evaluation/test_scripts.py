@@ -42,6 +42,8 @@ def test_evaluate_scores_an_unquantized_model(run_script, shared_data: Path, tmp
         ("generate", ["--model=nowhere", "--prompt="], "--prompt=TEXT is required and must not be empty"),
         ("generate", ["--model={stories}", "--prompt=Once", "--top_p=2"], "top_p must be in (0, 1], got 2.0"),
         ("generate", ["--model={stories}", "--prompt=Once"], "'{stories}' has no tokenizer"),
+        ("generate", ["--model=x", "--prompt=a", "--bits=2,4"], "--bits=2,4 gives 2 numbers for 1 prompts"),
+        ("generate", ["--model=x", "--prompt=a", "--bits=two"], "--bits=two is not a list of numbers"),
     ],
 )
 def test_mistakes_are_one_line(call_script, shared_data: Path, name: str, arguments: list[str], message: str):

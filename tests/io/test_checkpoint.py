@@ -3,9 +3,11 @@
 import dataclasses
 import gc
 import json
+import resource
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,14 @@ import pytest
 
 from mobiquant_jax.calibration.optimizer import grouped_adamw
 from mobiquant_jax.io import checkpoint
-from mobiquant_jax.io.checkpoint import is_checkpoint, load_checkpoint, load_tree, save_checkpoint, save_tree
+from mobiquant_jax.io.checkpoint import (
+    DamagedTree,
+    is_checkpoint,
+    load_checkpoint,
+    load_tree,
+    save_checkpoint,
+    save_tree,
+)
 from mobiquant_jax.io.load import load_model
 from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel
 
@@ -137,6 +146,28 @@ def test_a_failed_rename_puts_the_old_one_back(model, copy, tmp_path, monkeypatc
     assert [entry.name for entry in tmp_path.iterdir()] == ["copy"]
 
 
+def test_a_full_disk_is_found_before_anything_is_written(model, copy, tmp_path, monkeypatch):
+    before = files_of(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=30_000))
+    with pytest.raises(OSError, match=r"cannot write '.*': no space left, 0\.\d\d MB are needed, 0\.03 free"):
+        save_checkpoint(copy, model, {})
+    assert files_of(tmp_path) == before and [entry.name for entry in tmp_path.iterdir()] == ["copy"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # writes that TensorStore abandons
+def test_a_disk_that_fills_up_while_it_is_written_is_one_error(model, copy, tmp_path, caplog):
+    """The system refuses files beyond some size, as it does beyond the disk's; orbax's threads log nothing."""
+    before, limits = files_of(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="^cannot write '.*': File too large$"):
+            save_checkpoint(copy, model, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not caplog.records
+    assert files_of(tmp_path) == before and [entry.name for entry in tmp_path.iterdir()] == ["copy"]
+
+
 def test_an_unquantized_model_is_refused(model, tmp_path):
     dense = ElasticModel(config=model.config, variables={"params": {}})
     with pytest.raises(ValueError, match="unquantized model is saved with io.save_hf"):
@@ -159,7 +190,7 @@ def test_missing_parts(copy):
     ("change", "parts"),
     [
         (dict(layout_version=7), ["layout_version 7", "reads 1"]),
-        (dict(format_version=None), ["format_version None", "reads 1"]),
+        (dict(format_version=None), ["format_version None", "reads 2"]),
         (dict(elastic=None), ["mobiquant.json"]),
         (dict(elastic={"group_sise": 32}), ["mobiquant.json", "group_sise"]),
         (dict(elastic={"group_size": 48}), ["group size 48", "attention/q_proj"]),
@@ -194,11 +225,15 @@ def test_variables_of_another_architecture(copy, change):
     fails(copy, ValueError, "variables")
 
 
-@pytest.mark.parametrize("damage", ["truncated", "emptied", "removed"])
+@pytest.mark.parametrize("damage", ["truncated", "emptied", "removed", "one bit"])
 def test_damaged_variables(copy, damage, monkeypatch):
     largest = max((p for p in (copy / "variables").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     if damage == "removed":
         largest.unlink()
+    elif damage == "one bit":
+        content = bytearray(largest.read_bytes())
+        content[np.random.default_rng().integers(len(content))] ^= 1 << np.random.default_rng().integers(8)
+        largest.write_bytes(content)
     else:
         content = largest.read_bytes()
         largest.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"")
@@ -208,6 +243,16 @@ def test_damaged_variables(copy, damage, monkeypatch):
     fails(copy, ValueError, "variables", f"file '{largest.relative_to(copy / 'variables').as_posix()}' is")
     gc.collect()
     assert not left_behind  # abandoned reads would each print a traceback after the one-line error
+
+
+@pytest.mark.parametrize("content", [{"_METADATA": 7}, {"format_version": 3, "files": {}}])
+def test_a_tree_of_another_format_is_not_called_damaged(copy, content):
+    (copy / "variables" / "files.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError) as error:
+        load_checkpoint(copy)
+    version = content.get("format_version", 1)
+    assert str(error.value) == f"'{copy}/variables' has format_version {version}, this version reads 2"
+    assert not isinstance(error.value, DamagedTree)
 
 
 def test_trees(tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mobiquant_jax.ops import tile_weight
-from mobiquant_jax.ops.sliced_matmul import build
+from mobiquant_jax.ops.sliced_matmul import gpu
 
 HERE = Path(__file__).parent / "cuda_on_cpu"
 WARPS = 3
@@ -25,7 +25,7 @@ def compiled(tmp_path_factory):
         pytest.skip("no g++")
     folder = tmp_path_factory.mktemp("cuda")
     for name in ("decode.cuh", "common.cuh"):
-        shutil.copy(Path(build.__file__).parent / "cuda" / name, folder)
+        shutil.copy(gpu.SOURCE.parent / name, folder)
     for path in HERE.iterdir():
         shutil.copy(path, folder)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mobiquant_jax import quant
-from mobiquant_jax.ops import sliced_matmul, tile_weight, untile_weight
+from mobiquant_jax.ops import StackedWeight, TiledWeight, serving_weight, sliced_matmul, tile_weight, untile_weight
 
 
 @pytest.mark.parametrize(("inputs", "outputs", "group_size"), [(160, (40, 16), 32), (256, (16,), 256), (192, (5,), 64)])
@@ -51,6 +51,32 @@ def test_without_a_gpu_tiled_weights_multiply_all_the_same(tokens, stacked_weigh
     depths = jnp.asarray(rng.integers(1, 5, (2, tokens)))
     got = sliced_matmul(x, tile_weight(weights), depths, layer=jnp.int32(1))
     np.testing.assert_allclose(got, exact_product(x, weights, depths, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_linears_side_by_side_keep_their_depths(stacked_weights, exact_product):
+    rng = np.random.default_rng()
+    weights = stacked_weights(rng, 2, 96, (40, 24), 48)  # groups that cannot be tiled
+    stack = serving_weight(weights)
+    assert isinstance(stack, StackedWeight) and stack.segments == (40, 24) and stack.layers == 2
+    x = jnp.asarray(rng.normal(size=(2, 3, 96)), jnp.float32)
+    depths = jnp.asarray(rng.integers(1, 5, (2, 2, 3)))
+    for depth in depths, depths[0]:
+        got = sliced_matmul(x, stack, depth, layer=jnp.int32(1), dtype=jnp.float32)
+        each = jnp.broadcast_to(depth, (2, 2, 3)).reshape(2, 6)
+        want = exact_product(x.reshape(6, 96), weights, each, 1)
+        np.testing.assert_allclose(got.reshape(6, 64), want, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="2 segments"):
+        sliced_matmul(x, stack, jnp.ones((3, 2, 3), jnp.int32), layer=0)
+
+
+def test_the_layout_follows_the_platform_unless_it_is_named(stacked_weights, monkeypatch):
+    weights = stacked_weights(np.random.default_rng(0), 1, 64, (16,), 32)
+    layouts = {"gpu": TiledWeight, "cpu": StackedWeight, "tpu": StackedWeight}
+    for platform, layout in layouts.items():
+        monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
+        assert type(serving_weight(weights)) is layout
+        assert type(serving_weight(weights, "gpu")) is TiledWeight
+        assert type(serving_weight(weights, "reference")) is StackedWeight
 
 
 def test_what_cannot_be_tiled_or_multiplied_says_why(stacked_weights):

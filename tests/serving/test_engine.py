@@ -185,6 +185,19 @@ def test_streamed_chunks_join_to_the_generation(model, prompts, continuations, c
     np.testing.assert_allclose(chunks[-1].mean_bits, want.mean_bits, rtol=1e-6)
 
 
+def test_the_first_chunk_has_a_size_of_its_own(model, prompts, continuations):
+    def sizes(**options):
+        inputs = model.decode, model.variables, model.config, prompts, LENGTHS
+        chunks = list(stream(*inputs, max_new_tokens=NEW, bits=0.0, **options))
+        assert sum((chunk.tokens[0].tolist() for chunk in chunks), []) == continuations[0]
+        return [len(chunk.tokens[0]) for chunk in chunks]
+
+    assert sizes(chunk_tokens=5, first_chunk_tokens=1) == [1, 5, 5, 1]
+    assert sizes(chunk_tokens=3, first_chunk_tokens=20) == [NEW]
+    with pytest.raises(ValueError, match="first_chunk_tokens must be at least 1, got 0"):
+        sizes(first_chunk_tokens=0)
+
+
 def test_streaming_compiles_once_for_all_chunks_and_bits(model, prompts):
     def run(bits):
         options = dict(max_new_tokens=NEW, chunk_tokens=5, bits=bits)

@@ -9,6 +9,7 @@ import pytest
 
 from mobiquant_jax.models.elastic import ElasticModel
 from mobiquant_jax.models.kv_cache import KVCache
+from mobiquant_jax.ops import TiledWeight
 from mobiquant_jax.serving import device_bytes, generate, prepare
 
 
@@ -19,7 +20,11 @@ def model(request, random_elastic):
 
 @pytest.fixture(scope="module")
 def packed(model):
-    return prepare(model, jnp.float32)
+    """In the layout of the CUDA kernels, multiplied by XLA."""
+    made = prepare(model, jnp.float32, "gpu")
+    sites = {name: replace(site, implementation=None) for name, site in made.variables.sites.items()}
+    assert all(isinstance(site.weight, TiledWeight) for site in sites.values())
+    return replace(made, variables=replace(made.variables, sites=sites))
 
 
 def test_prefill_and_steps_match_the_linen_model(model, packed):
@@ -65,6 +70,23 @@ def test_changing_bits_compiles_nothing(packed):
     tokens = jnp.ones((2, 1), jnp.int32)
     used = [float(decode(packed.variables, tokens, cache, jnp.full(2, bits))[1].mean()) for bits in (2.0, 4.0, 8.0)]
     assert used[0] == 2.0 and used[2] == 8.0 and decode._cache_size() == 1
+
+
+def test_where_no_cuda_kernel_will_run_the_checkpoints_planes_are_read_in_place(model):
+    slices = model.variables["slices"]["layers"]["attention"]
+    for implementation in (None, "reference", "tpu"):
+        weight = prepare(model, jnp.float32, implementation).variables.sites["qkv"].weight
+        assert weight.segments == (64, 32, 32) and weight.in_features == 64 and weight.layers == 2
+        for linear, name in zip(weight.linears, ("q_proj", "k_proj", "v_proj"), strict=True):
+            assert all(a is b for a, b in zip(linear.planes, slices[name]["weight"].planes, strict=True))
+
+
+@pytest.mark.parametrize(("implementation", "message"), [("gpu", "need a Hopper GPU"), ("tpu", "on a TPU")])
+def test_the_implementation_reaches_the_matmul(model, implementation, message):
+    forced = prepare(model, jnp.float32, implementation)
+    cache = KVCache.create(model.config, 1, 2)
+    with pytest.raises(NotImplementedError, match=message):
+        jax.eval_shape(forced.decode, forced.variables, jnp.ones((1, 1), jnp.int32), cache, 4.0)
 
 
 def test_an_unquantized_model_is_refused(model):

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -10,7 +11,8 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int
 
 from mobiquant_jax.ops.sliced_matmul import gpu, grouped, reference, tpu
-from mobiquant_jax.ops.sliced_matmul.layout import TiledWeight, untile_weight
+from mobiquant_jax.ops.sliced_matmul.layout import TiledWeight, tile_weight, untile_weight
+from mobiquant_jax.ops.sliced_matmul.stacked import StackedWeight, stack_weight
 from mobiquant_jax.quant import SlicedWeight
 
 Implementation = Literal["reference", "grouped", "gpu", "tpu"]
@@ -20,7 +22,7 @@ _IMPLEMENTATIONS = (*_XLA, "gpu", "tpu")
 
 def sliced_matmul(
     x: Float[Array, "*batch in"],
-    weight: SlicedWeight | TiledWeight,
+    weight: SlicedWeight | TiledWeight | StackedWeight,
     depth: Int[Array, "*S_batch"],
     *,
     layer: ArrayLike | None = None,
@@ -33,7 +35,7 @@ def sliced_matmul(
 
     Args:
         x: activations; their dtype is the dtype of the multiplication, which accumulates in float32.
-        weight: one sliced kernel, or those of all layers stacked, or the same in the serving layout.
+        weight: one sliced kernel, or those of all layers stacked, or several linears in a layout of `serving_weight`.
         depth: slices each token reads, 1..E: ``[*batch]``, or ``[S, *batch]`` for each of S fused linears.
         layer: index into stacked layers, which the kernels read in place; a `TiledWeight` has one layer if None.
         implementation: ``"reference"`` (one matmul a depth), ``"grouped"`` (tokens sorted by depth), ``"gpu"`` (CUDA
@@ -49,7 +51,7 @@ def sliced_matmul(
         ValueError: shapes that do not match, or an unknown implementation.
         NotImplementedError: ``implementation`` was named and cannot do this.
     """
-    segments = len(weight.segments) if isinstance(weight, TiledWeight) else 1
+    segments = 1 if isinstance(weight, SlicedWeight) else len(weight.segments)
     batch = x.shape[:-1]
     if x.shape[-1] != weight.in_features or depth.shape not in (batch, (segments, *batch)):
         raise ValueError(
@@ -58,6 +60,10 @@ def sliced_matmul(
         )
     if implementation is not None and implementation not in _IMPLEMENTATIONS:
         raise ValueError(f"implementation {implementation!r} is none of {sorted(_IMPLEMENTATIONS)}")
+    if isinstance(weight, StackedWeight):
+        each = jnp.broadcast_to(depth.reshape(-1, *batch), (segments, *batch))
+        one = functools.partial(sliced_matmul, layer=layer, implementation=implementation, dtype=dtype)
+        return jnp.concatenate([one(x, linear, d) for linear, d in zip(weight.linears, each, strict=True)], axis=-1)
     if layer is None and isinstance(weight, TiledWeight) and weight.layers == 1:
         layer = 0
     stacked = isinstance(weight, TiledWeight) or weight.scale.ndim == 3
@@ -70,6 +76,22 @@ def sliced_matmul(
         if y is None:
             y = _xla(rows, weight, depths, layer, implementation)
     return y.astype(dtype).reshape(*batch, -1)
+
+
+def serving_weight(
+    weights: Sequence[SlicedWeight], implementation: Implementation | None = None
+) -> TiledWeight | StackedWeight:
+    """Brings linears of one input into the layout that an implementation reads.
+
+    Args:
+        weights: kernels with a leading layer axis.
+        implementation: as `sliced_matmul` will be called; by default the platform's.
+
+    Raises:
+        ValueError: shapes, slices or group sizes that have no such layout.
+    """
+    tiled = implementation == "gpu" or (implementation is None and jax.default_backend() == "gpu")
+    return tile_weight(weights) if tiled else stack_weight(weights)
 
 
 def _platform_kernel(

@@ -6,16 +6,21 @@ activations become 16-bit integers within each group. More are a prefill, bound 
 index on the device: a slice of the stack would be copied before a custom call.
 """
 
+import functools
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from mobiquant_jax.ops.sliced_matmul import build
+from mobiquant_jax.ops import compiler
 from mobiquant_jax.ops.sliced_matmul.layout import BLOCK_INPUTS, TILE_OUTPUTS, TILED_LAYOUT_VERSION, TiledWeight
 
 DECODE_TOKENS = 16
+SOURCE = Path(compiler.__file__).parent / "cuda" / "sliced_matmul.cu"
+_HANDLERS = {"decode": "SlicedMatmulDecode", "prefill": "SlicedMatmulPrefill"}
 _SHARED_BYTES = 96 * 1024  # of a thread block's shared memory for x; the rest holds weights on their way
 _PROCESSORS = 132
 _TILE_TOKENS, _WIDTHS, _MOST_SEGMENTS, _MOST_TOKENS = 256, 4, 4, 65535  # of cuda/prefill.cuh
@@ -41,7 +46,7 @@ def sliced_matmul(
         NotImplementedError: another type of activations, no Hopper GPU, or no compiler.
     """
     check_supported(x, weight)
-    targets = build.register(_groups_per_block(weight))
+    targets = ffi_targets(groups_per_block(weight))
     operands = (x, depth.astype(jnp.int32), layer.astype(jnp.int32), weight.affine, *weight.planes)
     attributes = {
         "ends": np.cumsum(np.array(weight.segment_tiles, np.int64)),
@@ -64,15 +69,18 @@ def sliced_matmul(
 
 def check_supported(x: Float[Array, "N in"], weight: TiledWeight) -> None:
     """Raises NotImplementedError, saying why, where the kernels cannot run."""
-    device = jax.devices()[0]
-    if device.platform != "gpu" or getattr(device, "compute_capability", None) != "9.0":
-        raise NotImplementedError(f"the CUDA kernels need a Hopper GPU, not {device.device_kind}")
+    check_device(weight)
     if x.dtype != jnp.bfloat16:
         raise NotImplementedError(f"the CUDA kernels multiply bfloat16, not {x.dtype}")
-    if len(weight.segments) > _MOST_SEGMENTS:
-        raise NotImplementedError(f"the CUDA kernels fuse {_MOST_SEGMENTS} linears, not {len(weight.segments)}")
     if x.shape[0] > _MOST_TOKENS:
         raise NotImplementedError(f"the CUDA kernels sort up to {_MOST_TOKENS} tokens by depth, not {x.shape[0]}")
+
+
+def check_device(weight: TiledWeight) -> None:
+    """Raises NotImplementedError unless this is a Hopper GPU and the weight's linears are few enough."""
+    compiler.check_hopper()
+    if len(weight.segments) > _MOST_SEGMENTS:
+        raise NotImplementedError(f"the CUDA kernels fuse {_MOST_SEGMENTS} linears, not {len(weight.segments)}")
 
 
 def decode_splits(tokens: int, tiles: int, blocks: int) -> int:
@@ -91,7 +99,27 @@ def plan_integers(tokens: int) -> int:
     return _MOST_SEGMENTS * (4 * tiles + _WIDTHS + tokens)
 
 
-def _groups_per_block(weight: TiledWeight) -> int:
+@functools.cache
+def ffi_targets(groups: int) -> dict[str, str]:
+    """Builds and loads the kernels for a group size, once a process.
+
+    Args:
+        groups: groups in a block of 128 inputs: 1, 2 or 4.
+
+    Returns:
+        The FFI targets ``decode`` and ``prefill``.
+
+    Raises:
+        NotImplementedError: no compiler, or it failed.
+    """
+    targets = {name: f"mobiquant_sliced_matmul_{name}_{groups}" for name in _HANDLERS}
+    library = compiler.compile_library(SOURCE, (f"MOBIQUANT_GROUPS={groups}",))
+    compiler.register(library, {targets[name]: symbol for name, symbol in _HANDLERS.items()})
+    return targets
+
+
+def groups_per_block(weight: TiledWeight) -> int:
+    """Scales of an output in a block of inputs: the kernels are built for it."""
     return BLOCK_INPUTS // min(weight.group_size, BLOCK_INPUTS)
 
 

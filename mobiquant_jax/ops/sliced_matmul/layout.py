@@ -99,12 +99,17 @@ def tile_weight(weights: Sequence[SlicedWeight]) -> TiledWeight:
 
 def check_tileable(weights: Sequence[SlicedWeight]) -> int:
     """Returns the group size of stacked weights; raises ValueError unless they can be fused and tiled."""
+    check_fusable(weights)
+    for weight in weights:
+        check_tileable_group(weight.group_size)
+    return weights[0].group_size
+
+
+def check_fusable(weights: Sequence[SlicedWeight]) -> None:
+    """Raises ValueError unless these are stacks of layers, of one input and cut into the slices that are served."""
     first = weights[0]
     for weight in weights:
-        group_size = weight.in_features // weight.scale.shape[-2]
-        if weight.slice_bits != TILED_SLICE_BITS:
-            raise ValueError(f"slice bits {weight.slice_bits} have no serving layout, only {TILED_SLICE_BITS}")
-        check_tileable_group(group_size)
+        check_served_slices(weight.slice_bits)
         if weight.scale.ndim != 3:
             raise ValueError(f"scales {weight.scale.shape} must be [layers, groups, out]")
         if weight.scale.shape[:2] != first.scale.shape[:2] or weight.in_features != first.in_features:
@@ -112,7 +117,12 @@ def check_tileable(weights: Sequence[SlicedWeight]) -> int:
                 f"kernels of {first.in_features} and {weight.in_features} inputs, scales {first.scale.shape} and "
                 f"{weight.scale.shape}, cannot be fused"
             )
-    return first.in_features // first.scale.shape[-2]
+
+
+def check_served_slices(slice_bits: tuple[int, ...]) -> None:
+    """Raises ValueError unless a code cut so has a serving layout."""
+    if slice_bits != TILED_SLICE_BITS:
+        raise ValueError(f"slice bits {slice_bits} have no serving layout, only {TILED_SLICE_BITS}")
 
 
 def check_tileable_group(group_size: int) -> None:

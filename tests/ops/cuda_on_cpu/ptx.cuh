@@ -201,6 +201,11 @@ inline void barrier_wait(uint32_t address, uint32_t parity) {
   barrier.changed.wait(lock, [&] { return (barrier.phase & 1) != parity; });
 }
 inline uint64_t evict_first() { return 0; }
+inline void prefetch_bulk(const void* from, int bytes) {
+  if (reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16) fail("misaligned prefetch", bytes);
+}
+inline void wait_for_previous() {}
+inline void launch_dependents() {}
 inline void copy_bulk(uint32_t to, const void* from, int bytes, uint32_t address, uint64_t) {
   if (to % 16 || reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16) fail("misaligned bulk copy", bytes);
   if (check_shared(to + bytes - 16, 16)) std::memcpy(shared + to, from, bytes);

@@ -23,8 +23,10 @@ constexpr int kMaxSegments = 4;
 struct Weights {
   const unsigned char* planes[kMaxSlices];  // [layers, tiles, blocks, 512 bytes] each
   const uint2* affine;                      // [layers, tiles, groups, 8]: outputs g and g + 8, see `decode_affine`
-  const int32_t* layer;                     // scalar: which layer
+  const int32_t* layer;                     // which layer: a scalar on the device, or null and
+  int layer_index;
   int tiles, blocks;
+  __device__ size_t which_layer() const { return layer ? *layer : layer_index; }
 };
 
 // Outputs that share one depth per token, e.g. the three of a fused q, k, v; ends in tiles.

@@ -334,7 +334,7 @@ __global__ void __launch_bounds__(kPrefillThreads, 1) prefill_kernel(const __gri
   } else {
     take_registers<232>();
     const int warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
-    const size_t layer = *args.weights.layer;
+    const size_t layer = args.weights.which_layer();
     PrefillItem item = prefill_item(args, plan, blockIdx.x);
     RawBlock<GB> raw;
     if (item.tokens > 0) load_raw(raw, args, layer, item, warp, lane, 0);

@@ -95,6 +95,34 @@ __device__ inline void copy_bulk(uint32_t to, const void* from, int bytes, uint3
       : "memory");
 }
 
+// Fetches into the second-level cache.
+__device__ inline void prefetch_bulk(const void* from, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
+// A kernel launched behind this one may start now; and: what the kernel before this one wrote is there from here on.
+__device__ inline void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ inline void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// A barrier among the threads of a cluster of thread blocks; what was stored before it is seen after it.
+__device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// Stores to the same place in the shared memory of another block of the cluster.
+__device__ inline void store_cluster4(uint32_t to, int rank, float value) {
+  asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nst.shared::cluster.f32 [there], %2;\n}\n" ::"r"(
+                   to),
+               "r"(rank), "f"(value)
+               : "memory");
+}
+__device__ inline void store_cluster8(uint32_t to, int rank, float2 value) {
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nst.shared::cluster.v2.f32 [there], {%2, %3};\n}\n" ::"r"(
+          to),
+      "r"(rank), "f"(value.x), "f"(value.y)
+      : "memory");
+}
+
 // Copies 16 bytes, or writes 16 zero bytes where `valid` is false.
 __device__ inline void copy_async16_or_zero(uint32_t to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0)

@@ -24,6 +24,7 @@ struct DecodeArgs {
   float* out;              // [splits, tokens, 16 * tiles]
   int tokens, inputs;
   int split_blocks;   // blocks of a split: blockIdx.y
+  int prefetch;       // bytes a thread block fetches before x and the depths are there: see route.cuh
   int reduced_tiles;  // tiles added up at once: see `reduced_tiles`
 };
 
@@ -136,6 +137,7 @@ __global__ void __launch_bounds__(DecodeShape<GB, WARPS, SLOTS>::kThreads, 1)
     decode_kernel(const __grid_constant__ DecodeArgs args) {
   using Shape = DecodeShape<GB, WARPS, SLOTS>;
   extern __shared__ __align__(1024) unsigned char shared[];
+  launch_dependents();
   const int warp = keep(threadIdx.x / 32), lane = keep(threadIdx.x % 32), row = keep(lane / 4), quad = keep(lane % 4);
   const int tokens = keep(args.tokens), tiles = keep(args.weights.tiles);
   const int first_tile = blockIdx.x, stride = gridDim.x;
@@ -147,7 +149,15 @@ __global__ void __launch_bounds__(DecodeShape<GB, WARPS, SLOTS>::kThreads, 1)
   const uint32_t full = base + Shape::kBarriers, empty = full + SLOTS * 8;
 
   if (warp == WARPS) {  // the producer
-    const size_t layer = *args.weights.layer;
+    const size_t layer = args.weights.which_layer();
+    if (lane == 0) {
+      // The first slice is read whatever the depths are.
+      const int bytes = blocks * kPieceBytes;
+      for (int tile = first_tile, left = args.prefetch; tile < tiles && bytes > 0 && left >= bytes; tile += stride, left -= bytes)
+        prefetch_bulk(args.weights.planes[0] + ((layer * tiles + tile) * args.weights.blocks + first_block) * kPieceBytes,
+                      bytes);
+    }
+    wait_for_previous();
     int of_lane[kMaxSegments];  // all loads before the first use
 #pragma unroll
     for (int s = 0; s < kMaxSegments; ++s)
@@ -196,6 +206,7 @@ __global__ void __launch_bounds__(DecodeShape<GB, WARPS, SLOTS>::kThreads, 1)
   unsigned char* const x = shared + Shape::kX;
   float2* const sums = reinterpret_cast<float2*>(shared + Shape::sums(tokens, blocks));
   StagedInputs staged{0, static_cast<int>(threadIdx.x), {}};
+  wait_for_previous();
   load_inputs(staged, args, first_block, blocks);
   uint32_t x_row[NT], sum_row[NT];  // of the token whose columns this lane holds as B, and of the one it gets as D
 #pragma unroll

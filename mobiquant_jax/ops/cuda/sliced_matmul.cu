@@ -1,0 +1,85 @@
+// XLA's entry points to the product alone. The launches allocate nothing and never wait for the device, so that XLA may
+// record them into a CUDA graph.
+#include "prefill.cuh"
+#include "weights.cuh"
+
+namespace mobiquant {
+namespace {
+
+ffi::Error decode(cudaStream_t stream, Halves x, Integers depth, Integers layer, Words affine, Words plane1,
+                  Words plane2, Words plane3, Words plane4, ffi::Result<Floats> out, ffi::Span<const int64_t> ends,
+                  int64_t version) {
+  DecodeArgs args{};
+  const Words* const planes[kMaxSlices] = {&plane1, &plane2, &plane3, &plane4};
+  if (auto error = describe(args.weights, args.segments, affine, planes, ends, version); error.failure()) return error;
+  args.weights.layer = layer.typed_data();
+  args.x = bf16(x);
+  args.depth = depth.typed_data();
+  args.out = out->typed_data();
+  args.tokens = static_cast<int>(x.dimensions()[0]);
+  args.inputs = static_cast<int>(x.dimensions()[1]);
+  return check(launch_decode(stream, args, static_cast<int>(out->dimensions()[0]), false), "sliced_matmul");
+}
+
+template <typename Out>
+ffi::Error launch_prefill(cudaStream_t stream, const PrefillArgs& args) {
+  const auto kernel = prefill_kernel<kGroups, Out>;
+  if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kPrefillShared))
+    return check(error, "sliced_matmul");
+  plan_kernel<<<args.segments.count, kPlanThreads, 0, stream>>>(args);
+  kernel<<<processors(), kPrefillThreads, kPrefillShared, stream>>>(args);
+  return check(cudaGetLastError(), "sliced_matmul");
+}
+
+ffi::Error prefill(cudaStream_t stream, Halves x, Integers depth,
+                   Integers layer, Words affine, Words plane1, Words plane2, Words plane3, Words plane4,
+                   ffi::Result<ffi::AnyBuffer> out, ffi::Result<Integers> plan, ffi::Span<const int64_t> ends,
+                   int64_t version) {
+  PrefillArgs args{};
+  const Words* const planes[kMaxSlices] = {&plane1, &plane2, &plane3, &plane4};
+  if (auto error = describe(args.weights, args.segments, affine, planes, ends, version); error.failure())
+    return error;
+  args.weights.layer = layer.typed_data();
+  args.x = bf16(x);
+  args.depth = depth.typed_data();
+  args.plan = plan->typed_data();
+  args.out = out->untyped_data();
+  args.tokens = static_cast<int>(x.dimensions()[0]);
+  args.inputs = static_cast<int>(x.dimensions()[1]);
+  if (static_cast<int64_t>(plan->element_count()) < Plan::ints(args.tokens))
+    return ffi::Error::InvalidArgument("sliced_matmul: the plan of " + std::to_string(args.tokens) + " tokens needs " +
+                                       std::to_string(Plan::ints(args.tokens)) + " integers");
+  return out->element_type() == ffi::F32 ? launch_prefill<float>(stream, args)
+                                         : launch_prefill<__nv_bfloat16>(stream, args);
+}
+
+auto inputs() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::PlatformStream<cudaStream_t>>()
+      .Arg<Halves>()
+      .Arg<Integers>()
+      .Arg<Integers>()
+      .Arg<Words>()
+      .Arg<Words>()
+      .Arg<Words>()
+      .Arg<Words>()
+      .Arg<Words>();
+}
+
+}  // namespace
+}  // namespace mobiquant
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(SlicedMatmulDecode, mobiquant::decode,
+                              mobiquant::inputs()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<ffi::Span<const int64_t>>("ends")
+                                  .Attr<int64_t>("version"),
+                              {ffi::Traits::kCmdBufferCompatible});
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(SlicedMatmulPrefill, mobiquant::prefill,
+                              mobiquant::inputs()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::S32>>()
+                                  .Attr<ffi::Span<const int64_t>>("ends")
+                                  .Attr<int64_t>("version"),
+                              {ffi::Traits::kCmdBufferCompatible});

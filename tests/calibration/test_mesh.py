@@ -1,0 +1,192 @@
+"""Calibration on one device, on eight and on two processes of four: the same losses, the same depths."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mobiquant_jax.calibration import CalibrationConfig, Calibrator, ConsoleObserver, RunDir
+from mobiquant_jax.io import save_hf
+from mobiquant_jax.io.checkpoint import load_checkpoint
+from mobiquant_jax.models import Llama
+from mobiquant_jax.models.elastic import ElasticConfig
+from mobiquant_jax.sharding import job_mesh
+
+ROOT = Path(__file__).parents[2]
+SHAPE = {"data": 2, "fsdp": 2, "model": 2}
+SECTIONS = {
+    "quant": dict(group_size=8, slice_bits=(4, 2, 2)),
+    "router": dict(hidden_size=4, budget_grid=(4.0, 6.0, 8.0)),
+    "calibration": dict(
+        windows=8,
+        window_length=16,
+        budgets=(5.0, 6.0),
+        batch_size=4,
+        first_epochs=1,
+        joint_epochs=1,
+        router_lr=2e-4,
+        end_nested_epochs=1,
+        end_batch_size=4,
+        threshold_windows=4,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def mesh_model(small_config):
+    """Two layers whose every dimension splits in two, and tokens to calibrate it on."""
+    config = small_config(vocab_size=64, hidden_size=32, intermediate_size=64, head_dim=8, max_position_embeddings=32)
+    params = jax.jit(Llama(config).init)(jax.random.key(70), jnp.zeros((1, 2), jnp.int32))["params"]
+    return config, jax.device_get(params), np.random.default_rng(71).integers(0, 64, 256).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("mesh_runs")
+
+
+@pytest.fixture(scope="module")
+def calibrate(mesh_model, runs):
+    """``(name, mesh sizes, observer) -> variables``: calibrates, or continues, the run of that name."""
+    config, params, tokens = mesh_model
+    quant, router = SECTIONS["quant"], SECTIONS["router"]
+    elastic = ElasticConfig(**quant, router_hidden_size=router["hidden_size"], budget_grid=router["budget_grid"])
+    calibration = CalibrationConfig(**SECTIONS["calibration"])
+
+    def run(name, sizes, observer=None):
+        folder = RunDir(path=runs / name)
+        folder.path.mkdir(exist_ok=True)
+        calibrator = Calibrator(
+            config=config,
+            elastic=elastic,
+            calibration=calibration,
+            run=folder,
+            observer=observer or ConsoleObserver(),
+            mesh=job_mesh(**sizes),
+        )
+        return jax.device_get(calibrator.calibrate(params, tokens[: 8 * 16].reshape(8, 16)))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def on_one(calibrate):
+    """What one device makes of it."""
+    return calibrate("one", dict(data=1, fsdp=1, model=1))
+
+
+def metrics(run):
+    """The losses in order, and the bits that were used."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [row[name] for row in rows for name in ("before", "after", "divergence") if name in row]
+    return losses, [row["bits"] for row in rows if "bits" in row]
+
+
+def assert_alike(run, variables, wanted_run, wanted):
+    """Losses and checkpoint within 1e-5 of each other, depths and codes the same."""
+    (losses, bits), (wanted_losses, wanted_bits) = metrics(run), metrics(wanted_run)
+    assert len(losses) == 2 * 2 + 1
+    np.testing.assert_allclose(losses, wanted_losses, rtol=1e-5)
+    np.testing.assert_array_equal(bits, wanted_bits)
+    for (path, leaf), other in zip(
+        jax.tree_util.tree_leaves_with_path(wanted), jax.tree.leaves(variables), strict=True
+    ):
+        other, leaf = np.asarray(other, np.float64), np.asarray(leaf, np.float64)
+        np.testing.assert_allclose(other, leaf, rtol=1e-5, atol=1e-5, err_msg=jax.tree_util.keystr(path))
+
+
+def test_a_run_that_ends_on_eight_devices_continues_on_one(on_one, calibrate, runs):
+    """The first block is trained on eight, all else on one; end-to-end tuning on a mesh is the next test's."""
+
+    class EndingObserver(ConsoleObserver):
+        def on_block(self, block, report, seconds):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate("moved", SHAPE, EndingObserver())
+    assert [entry.name for entry in (runs / "moved" / "blocks").iterdir()] == ["000"]
+    assert_alike(runs / "moved", calibrate("moved", dict(data=1, fsdp=1, model=1)), runs / "one", on_one)
+
+
+@pytest.fixture(scope="module")
+def arguments(mesh_model, runs):
+    """``(run folder, settings) -> command line`` of calibrate.py on the same model and windows."""
+    config, params, tokens = mesh_model
+    save_hf(runs / "model", config, params)
+    np.save(runs / "tokens.npy", tokens)
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    sizes += ("num_key_value_heads", "head_dim", "max_position_embeddings")
+    settings = [f"model.architecture.{name}={getattr(config, name)}" for name in sizes]
+    for section, fields in SECTIONS.items():
+        for name, value in fields.items():
+            settings.append(f"{section}.{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}")
+    settings += [f"model.source={runs}/model", f"data.source=tokens:{runs}/tokens.npy"]
+    settings += ["evaluation.bits=4,6", "evaluation.windows=4", "evaluation.window_length=16"]
+
+    def make(run, *more):
+        return [
+            "--config=configs/stories260k.py",
+            "--noconfig.model.architecture.tie_word_embeddings",
+            *(f"--config.{setting}" for setting in (*settings, f"run_dir={run}", *more)),
+        ]
+
+    return make
+
+
+def test_two_processes_of_four_devices(on_one, runs, arguments):
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = found.getsockname()[1]
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4")
+    sizes = [f"mesh.{axis}={size}" for axis, size in SHAPE.items()]
+    job = [*arguments(runs / "two", *sizes), "--profile_block=2", f"--coordinator=localhost:{port}", "--processes=2"]
+    both = [
+        subprocess.Popen(
+            [sys.executable, "experiments/calibrate.py", *job, f"--process={process}"],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": flags},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process in (0, 1)
+    ]
+    said = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert_alike(runs / "two", load_checkpoint(runs / "two" / "checkpoint").variables, runs / "one", on_one)
+    (first, _), (second, _) = said
+    assert "block  2/2" in first and "checkpoint:" in first
+    assert "block" not in second and "checkpoint" not in second  # the collectives print lines of their own
+    files = ["checkpoint", "curve.json", "curve.png", "metrics.jsonl", "profile", "result.json", "run.json"]
+    assert sorted(entry.name for entry in (runs / "two").iterdir()) == files
+    assert list((runs / "two" / "profile").rglob("*.xplane.pb"))
+    assert json.loads((runs / "two" / "run.json").read_text())["mesh"] == SHAPE
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections reads config files by it
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["mesh.data=3"], "a mesh of data x fsdp x model = (3, 1, 1) does not use all 8 devices"),
+        (["mesh.model=0"], "mesh sizes data=1, fsdp=1, model=0 must be positive"),
+        (["mesh.model=8"], "mesh data=1, fsdp=1, model=8 does not fit the model: heads: 32 / 16 whole units do not"),
+        (["mesh.data=8"], "mesh data=8, fsdp=1, model=1 does not fit calibration.batch_size=4: no multiple of"),
+        (
+            ["mesh.data=4", "calibration.end_batch_size=2"],
+            "mesh data=4, fsdp=1, model=1 does not fit calibration.end_batch_size=2",
+        ),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_mesh_that_does_not_fit_is_one_line(call_script, arguments, tmp_path, changes, message):
+    result = call_script("calibrate", *arguments(tmp_path / "run", *changes))
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"error: {message}") and result.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())

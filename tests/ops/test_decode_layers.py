@@ -1,0 +1,180 @@
+"""All layers of a decode step in one call, on a GPU: ``JAX_PLATFORMS=cuda python -m pytest -m gpu tests``."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mobiquant_jax.models.elastic import ElasticConfig
+from mobiquant_jax.models.kv_cache import KVCache
+from mobiquant_jax.models.rope import inverse_frequencies
+from mobiquant_jax.ops import untile_weight
+from mobiquant_jax.ops.decode_layers import RoutedLinears, check_supported, decode_layers
+from mobiquant_jax.serving import prepare
+from mobiquant_jax.serving.one_call import supports_one_call
+
+NAMES = ("qkv", "o", "gate_up", "down")
+SLOTS = 40
+
+
+def exact(array):
+    return np.asarray(array.astype(jnp.float32), np.float64)
+
+
+def rounded(array):
+    return exact(jnp.asarray(array, jnp.bfloat16))
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def norm(x, gain, eps):
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * gain
+
+
+def scores(router, layer, x):
+    """``[S, B, 3]``."""
+    linears, width = router.magnitude.shape[1:]
+    rms = np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + 1e-12)
+    found = []
+    for s in range(linears):
+        hidden = x / rms @ exact(router.hidden[layer])[:, s * width : (s + 1) * width]
+        hidden = silu(hidden + np.log(rms) * exact(router.magnitude[layer, s]) + exact(router.hidden_bias[layer, s]))
+        found.append(hidden @ exact(router.output[layer, s]) + exact(router.output_bias[layer, s]))
+    return np.stack(found)
+
+
+class Reference:
+    """The step in float64 at given depths, rounded where the kernels round; notes what the routers would have said."""
+
+    def __init__(self, packed, sites, depths):
+        self.packed, self.sites, self.depths = packed, sites, np.asarray(depths)
+        self.margins = []  # of each site and layer: scores less threshold, and the depths taken
+
+    def product(self, name, layer, x):
+        site = self.sites[NAMES.index(name)]
+        first = sum(len(s.weight.segments) for s in self.sites[: NAMES.index(name)])
+        kernels = [jax.tree.map(lambda leaf: leaf[layer], kernel) for kernel in untile_weight(site.weight)]
+        taken = self.depths[layer, first : first + len(kernels)]
+        margin = scores(site.router, layer, x) - exact(site.thresholds[layer])[..., None]
+        self.margins.append((margin, taken))
+        rows = [
+            np.stack([row @ exact(kernel.dequantize(int(d))) for row, d in zip(x, depth, strict=True)])
+            for kernel, depth in zip(kernels, taken, strict=True)
+        ]
+        return rounded(np.concatenate(rows, axis=1))
+
+    def attention(self, layer, qkv, positions, key, value):
+        cfg = self.packed.config
+        size, group = cfg.head_dim, cfg.num_attention_heads // cfg.num_key_value_heads
+        parts = np.split(
+            qkv.reshape(len(qkv), -1, size),
+            [cfg.num_attention_heads, cfg.num_attention_heads + cfg.num_key_value_heads],
+            axis=1,
+        )
+        angles = (positions[:, None] * inverse_frequencies(cfg).astype(np.float64))[:, None]
+        turn = lambda first, second: np.concatenate(  # noqa: E731
+            [first * np.cos(angles) - second * np.sin(angles), second * np.cos(angles) + first * np.sin(angles)], -1
+        )
+        q, k = (rounded(turn(*np.split(part, 2, axis=-1))) for part in parts[:2])
+        mixed = []
+        for b, position in enumerate(positions):
+            key[layer, b, position], value[layer, b, position] = k[b], parts[2][b]
+            keys, values = (cache[layer, b, : position + 1].repeat(group, axis=1) for cache in (key, value))
+            weights = np.exp(np.einsum("hd,shd->hs", q[b], keys) / np.sqrt(size))
+            mixed.append(np.einsum("hs,shd->hd", weights / weights.sum(axis=1, keepdims=True), values).ravel())
+        return rounded(np.stack(mixed))
+
+    def run(self, x, positions, key, value):
+        v, eps = self.packed.variables, self.packed.config.rms_norm_eps
+        for layer in range(self.packed.config.num_hidden_layers):
+            normed = rounded(norm(x, exact(v.attention_norm[layer]), eps))
+            mixed = self.attention(layer, self.product("qkv", layer, normed), positions, key, value)
+            x = rounded(x + self.product("o", layer, mixed))
+            normed = rounded(norm(x, exact(v.mlp_norm[layer]), eps))
+            gate, up = np.split(self.product("gate_up", layer, normed), 2, axis=1)
+            x = rounded(x + self.product("down", layer, rounded(silu(gate) * up)))
+        return x
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 3, 16])
+@pytest.mark.parametrize(
+    ("sizes", "group_size", "width"),
+    [
+        (dict(hidden_size=256, intermediate_size=384, num_attention_heads=4, head_dim=64), 32, 8),
+        (
+            dict(hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3, head_dim=64),
+            64,
+            32,
+        ),
+        (dict(hidden_size=1024, intermediate_size=3584, num_attention_heads=8, head_dim=128), 128, 64),
+    ],
+)
+def test_matches_float64(batch, sizes, group_size, width, random_elastic):
+    if jax.default_backend() != "gpu":
+        pytest.skip("no GPU")
+    rng = np.random.default_rng(batch + width)
+    grid = (2.0, 3.0, 5.0, 8.0)
+    elastic = ElasticConfig(group_size=group_size, router_hidden_size=width, budget_grid=grid)
+    model = random_elastic(int(rng.integers(99)), elastic, num_hidden_layers=3, **sizes)
+    packed = prepare(model)
+    bits = jnp.asarray(rng.uniform(2.5, 6, batch), jnp.float32)
+    sites = [
+        RoutedLinears(site.weight, site.router, site.thresholds_at(bits))
+        for site in (packed.variables.sites[name] for name in NAMES)
+    ]
+    positions = rng.integers(0, SLOTS, batch)
+    x = jnp.asarray(rng.normal(size=(batch, sizes["hidden_size"])), jnp.bfloat16)
+    empty = KVCache.create(packed.config, batch, SLOTS, jnp.bfloat16)
+    key, value = (jnp.asarray(rng.normal(size=empty.k.shape), jnp.bfloat16) for _ in range(2))
+    angles = jnp.asarray(positions[:, None] * inverse_frequencies(packed.config), jnp.float32)
+    norms = packed.variables.attention_norm, packed.variables.mlp_norm
+    before = exact(key), exact(value)
+    step = jax.jit(decode_layers, static_argnums=5)
+    eps = packed.config.rms_norm_eps
+    got = step(x, jnp.cos(angles), jnp.sin(angles), jnp.asarray(positions), norms, eps, key, value, sites)
+    reference = Reference(packed, sites, got.depths)
+    want = reference.run(exact(x), positions, *before)
+    assert np.linalg.norm(exact(got.x) - want) / np.linalg.norm(want) < 2e-2
+    for found, expected in ((got.key, before[0]), (got.value, before[1])):
+        assert np.linalg.norm(exact(found) - expected) / np.linalg.norm(expected) < 1e-2
+    clear = 0
+    for margin, taken in reference.margins:
+        decided = (np.abs(margin) > 0.05 * np.abs(margin).max()).all(axis=-1)  # elsewhere rounding may decide
+        np.testing.assert_array_equal(taken[decided], 1 + np.cumprod(margin > 0, axis=-1).sum(axis=-1)[decided])
+        clear += decided.sum()
+    assert clear > 0.5 * got.depths.size and len(np.unique(got.depths)) > 1
+    again = step(x, jnp.cos(angles), jnp.sin(angles), jnp.asarray(positions), norms, eps, key, value, sites)
+    np.testing.assert_array_equal(exact(again.x), exact(got.x))
+
+
+@pytest.mark.gpu
+def test_generation_through_one_call_is_that_of_the_separate_programs(random_elastic, monkeypatch):
+    if jax.default_backend() != "gpu":
+        pytest.skip("no GPU")
+    elastic = ElasticConfig(group_size=64, router_hidden_size=32, budget_grid=(2.0, 3.0, 5.0, 8.0))
+    sizes = dict(hidden_size=256, intermediate_size=384, num_attention_heads=4, head_dim=64)
+    packed = prepare(random_elastic(3, elastic, **sizes))
+    tokens, bits = jnp.asarray([[5], [7], [11]]), jnp.asarray([2.0, 8.0, 8.0])  # depths that no rounding decides
+    cache = KVCache.create(packed.config, 3, 8, jnp.bfloat16)
+    k, v = (jax.random.normal(jax.random.key(i), cache.k.shape, jnp.bfloat16) for i in (0, 1))
+    cache = KVCache(k=k, v=v, length=jnp.asarray([0, 3, 7]))
+    assert supports_one_call(jnp.zeros((3, 1, 256), jnp.bfloat16), cache, packed.variables.sites)
+    one = jax.jit(packed.decode)(packed.variables, tokens, cache, bits)
+    monkeypatch.setattr("mobiquant_jax.serving.packed.supports_one_call", lambda *_: False)
+    apart = jax.jit(lambda *a: packed.decode(*a))(packed.variables, tokens, cache, bits)
+    assert np.linalg.norm(exact(one[0]) - exact(apart[0])) < 2e-2 * np.linalg.norm(exact(apart[0]))
+    np.testing.assert_allclose(one[1], apart[1], rtol=1e-5)
+    np.testing.assert_allclose(np.asarray(one[1])[:, 0], bits, rtol=1e-5)
+
+
+def test_where_it_cannot_run_it_says_why(random_elastic):
+    elastic = ElasticConfig(group_size=64, router_hidden_size=8, budget_grid=(2.0, 8.0))
+    sizes = dict(hidden_size=256, intermediate_size=384, num_attention_heads=4, head_dim=64)
+    packed = prepare(random_elastic(3, elastic, **sizes), implementation="gpu")
+    sites = [RoutedLinears(s.weight, s.router, None) for s in (packed.variables.sites[name] for name in NAMES)]
+    reason = "17 " if jax.default_backend() == "gpu" else "Hopper"
+    with pytest.raises(NotImplementedError, match=reason):
+        check_supported(17, KVCache.create(packed.config, 17, 8, jnp.bfloat16).k, sites)

@@ -1,0 +1,84 @@
+"""A decoding step lowered for accelerators that are not there: its kernels take the stacks of all layers as they are.
+
+A slice of a stack would be copied before every kernel, which costs more than the kernel itself.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mobiquant_jax.models.elastic import ElasticConfig
+from mobiquant_jax.models.kv_cache import KVCache
+from mobiquant_jax.ops import decode_layers
+from mobiquant_jax.ops.sliced_matmul import gpu
+from mobiquant_jax.serving import one_call, prepare
+
+LAYERS = 3
+
+
+def lowered(model, implementation, platform):
+    """The step as text."""
+    packed = prepare(model, jnp.bfloat16, implementation)
+    arguments = packed.variables, jnp.ones((2, 1), jnp.int32), KVCache.create(model.config, 2, 8, jnp.bfloat16), 4.0
+    return packed, jax.jit(packed.decode).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+
+
+def calls(text, target):
+    """Operand types of each call of a kernel."""
+    lines = [line for line in text.splitlines() if "custom_call" in line and target in line]
+    return [re.findall(r"tensor<([^>]*)>", line.rpartition(" : (")[2].partition(") -> ")[0]) for line in lines]
+
+
+def mlir_type(array):
+    names = {jnp.dtype(jnp.uint32): "ui32", jnp.dtype(jnp.bfloat16): "bf16", jnp.dtype(jnp.int16): "i16"}
+    return "x".join(map(str, array.shape)) + "x" + names[array.dtype]
+
+
+def check_no_copies(text, found, arrays, kernels):
+    """Every array is an operand of a kernel, whole, and nothing makes a slice of it."""
+    assert len(found) == kernels
+    operands = [operand for call in found for operand in call]
+    for array in arrays:
+        assert array.shape[0] == LAYERS and mlir_type(array) in operands
+        cut = re.search(rf"stablehlo\.(dynamic_slice|slice|gather)[^\n]*\(tensor<{mlir_type(array)}>", text)
+        assert cut is None, cut and cut.group(1)
+
+
+def test_cuda_kernels_take_whole_stacks(random_elastic, monkeypatch):
+    monkeypatch.setattr(gpu, "check_supported", lambda *_: None)
+    monkeypatch.setattr(gpu, "ffi_targets", lambda _: {"decode": "our_decode", "prefill": "our_prefill"})
+    packed, text = lowered(random_elastic(0, num_hidden_layers=LAYERS), "gpu", "cuda")
+    weights = [site.weight for site in packed.variables.sites.values()]
+    arrays = [array for weight in weights for array in (*weight.planes, weight.affine)]
+    check_no_copies(text, calls(text, "our_decode"), arrays, kernels=4)
+
+
+def test_a_cuda_step_in_one_call_takes_whole_stacks(random_elastic, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for module in (one_call, decode_layers):
+        monkeypatch.setattr(module, "check_supported", lambda *_: None)
+    monkeypatch.setattr(decode_layers, "_register", lambda _: "our_layers")
+    packed, text = lowered(random_elastic(0, num_hidden_layers=LAYERS), "gpu", "cuda")
+    sites = packed.variables.sites.values()
+    arrays = [array for site in sites for array in (*site.weight.planes, site.weight.affine, site.router.hidden)]
+    check_no_copies(text, calls(text, "our_layers"), arrays, kernels=1)
+
+
+def test_tpu_kernels_take_whole_stacks(random_elastic, monkeypatch):
+    sizes = dict(hidden_size=2048, intermediate_size=2048, num_hidden_layers=LAYERS, head_dim=512)
+    elastic = ElasticConfig(group_size=128, router_hidden_size=8)
+    model = random_elastic(0, elastic, **sizes)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    packed, text = lowered(model, "tpu", "tpu")
+    linears = [linear for site in packed.variables.sites.values() for linear in site.weight.linears]
+    arrays = [array for linear in linears for array in (*linear.planes, linear.scale, linear.zero)]
+    check_no_copies(text, calls(text, "tpu_custom_call"), arrays, kernels=7)
+
+
+def test_a_copied_slice_would_be_seen(random_elastic):
+    packed, text = lowered(random_elastic(0, num_hidden_layers=LAYERS), "reference", "cpu")
+    plane = packed.variables.sites["down"].weight.linears[0].planes[0]
+    with pytest.raises(AssertionError, match="dynamic_slice"):
+        check_no_copies(text, [[mlir_type(plane)]], [plane], kernels=1)

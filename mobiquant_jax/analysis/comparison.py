@@ -21,8 +21,9 @@ RIVALS = {
     "random": "each token of each linear draws one of two adjacent depths",
     "norm": "tokens of large input norm take the deeper of two adjacent depths",
     "static": "one depth a linear for all tokens, the best found on calibration text",
+    "joint norm": "tokens and linears ranked together, by squared input norm and by what each linear adds to the loss",
     "token oracle": "tokens of a linear ranked by their true output error, every linear at the average",
-    "joint oracle": "tokens and linears ranked together, by output error and by what each linear adds to the loss",
+    "joint oracle": "tokens and linears ranked together, by true output error and by what each linear adds to the loss",
 }
 """What the router is compared with, in the order of the tables."""
 
@@ -42,12 +43,18 @@ class Rivals:
         shares = jnp.asarray(linear_shares(steps.model.config), jnp.float32)
 
         @jax.jit
-        def oracles(measured: Probe, bits: Array, increases: Array) -> dict[str, Array]:
-            squared = squared_errors(measured)
-            joint = joint_oracle(spread_over_tokens(increases, squared), shares, bits, slice_bits)
-            return {"token oracle": token_oracle(squared, bits, slice_bits), "joint oracle": joint}
+        def token_tables(measured: Probe, bits: Array, increases: Array) -> dict[str, Array]:
+            errors = squared_errors(measured)
+            low = jnp.arange(errors.shape[-1]) < errors.shape[-1] - 1  # at full depth nothing is lost
+            norms = jnp.square(measured.norm)[..., None] * low
 
-        self._oracles = oracles
+            def joint(squared: Array) -> Array:
+                return joint_oracle(spread_over_tokens(increases, squared), shares, bits, slice_bits)
+
+            tables = {"joint norm": joint(norms), "joint oracle": joint(errors)}
+            return tables | {"token oracle": token_oracle(errors, bits, slice_bits)}
+
+        self._token_tables = token_tables
 
     def __call__(self, tokens: Int[Array, "B T"], measured: Probe, key: Key[Array, ""]) -> dict[Case, Score]:
         """The scores, on the device.
@@ -65,6 +72,7 @@ class Rivals:
                 scores[Case(name, asked)], _ = self._steps.routed(variables, tokens, policy, draw)
             allocation = self._allocations[asked]
             tables = {"static": jnp.asarray(allocation.table)}
-            tables |= self._oracles(measured, jnp.float32(budget), jnp.asarray(allocation.increases, np.float32))
-            scores |= {Case(name, asked): self._steps.tabled(variables, tokens, t) for name, t in tables.items()}
+            tables |= self._token_tables(measured, jnp.float32(budget), jnp.asarray(allocation.increases, np.float32))
+            for name in (name for name in RIVALS if name in tables):  # jit returns a dict by the alphabet
+                scores[Case(name, asked)] = self._steps.tabled(variables, tokens, tables[name])
         return scores

@@ -15,7 +15,7 @@ from mobiquant_jax.analysis.rows import Row, excess
 from mobiquant_jax.analysis.token_errors import TokenErrors
 
 POLICY_COLORS = {ROUTER: ACCENT} | dict(
-    zip(RIVALS, ("#9aa5b1", "#edae49", "#d1495b", "#7bc8a4", "#1b7f5c"), strict=True)
+    zip(RIVALS, ("#9aa5b1", "#edae49", "#d1495b", "#b5651d", "#7bc8a4", "#1b7f5c"), strict=True)
 )
 
 

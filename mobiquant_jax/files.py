@@ -26,6 +26,32 @@ def save_text(path: str | Path, text: str) -> None:
     os.replace(unfinished, path)
 
 
+def continues(path: str | Path | None, *, resume: bool, overwrite: bool) -> bool:
+    """Whether a table of results continues the file that is there, rather than start a new one.
+
+    Args:
+        path: the file; None for none.
+        resume: continue what is there, if anything is.
+        overwrite: replace it.
+
+    Raises:
+        ValueError: both flags, or a file in the way without a flag.
+    """
+    if resume and overwrite:
+        raise ValueError("give one of --resume and --overwrite")
+    if path is None or not Path(path).exists() or overwrite:
+        return False
+    if not resume:
+        raise ValueError(f"'{path}' exists: --resume adds what is missing, --overwrite starts over")
+    return True
+
+
+def check_same(path: str | Path, name: str, before: Any, now: Any) -> None:
+    """Raises ValueError where a table cannot be continued, since what all its rows have in common has changed."""
+    if before != now:
+        raise ValueError(f"'{path}' was made with {name}={before!r}, not {now!r}: --overwrite starts over")
+
+
 def read_json(path: str | Path) -> Any:
     """Reads JSON.
 

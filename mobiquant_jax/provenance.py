@@ -32,6 +32,12 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def short_commit(commit: str | None) -> str:
+    """A commit as tables show it; one of a changed checkout says so."""
+    head, plus, state = (commit or "no commit").partition("+")
+    return (head[:7] if commit else head) + plus + state
+
+
 def peak_host_bytes() -> int:
     """Most memory that this process has held so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

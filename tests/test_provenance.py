@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mobiquant_jax import provenance as module
-from mobiquant_jax.provenance import fingerprint, provenance
+from mobiquant_jax.provenance import fingerprint, provenance, short_commit
 
 
 def tree(**changes):
@@ -72,3 +72,11 @@ def test_outside_of_git_there_is_no_commit(monkeypatch):
 def test_a_missing_package_has_no_version(monkeypatch):
     monkeypatch.setattr(module, "_PACKAGES", ("no-such-package-here",))
     assert module.provenance()["versions"] == {"no-such-package-here": None}
+
+
+@pytest.mark.parametrize(
+    ("commit", "shown"),
+    [(None, "no commit"), ("0123456789", "0123456"), ("0123456789+dirty", "0123456+dirty")],
+)
+def test_a_shortened_commit_still_says_that_it_was_changed(commit, shown):
+    assert short_commit(commit) == shown

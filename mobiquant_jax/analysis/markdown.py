@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from mobiquant_jax.provenance import short_commit
+
 
 def policies_table(numbers: dict[str, Any]) -> str:
     """Perplexity of every policy at equal average bits, with where it came from.
@@ -21,6 +23,6 @@ def policies_table(numbers: dict[str, Any]) -> str:
         cells = [f"{rows[bits, name]:.2f}" if (bits, name) in rows else "-" for name in names]
         lines.append(f"| {bits:g} | {' | '.join(cells)} |")
     origin = numbers["provenance"]
-    lines += ["", f"`{origin['command']}` at {(origin['commit'] or 'no commit')[:7]}: {numbers['windows']} windows of"]
+    lines += ["", f"`{origin['command']}` at {short_commit(origin['commit'])}: {numbers['windows']} windows of"]
     lines[-1] += f" {numbers['window_length']} tokens; {', '.join(origin['devices'])}; jax {origin['versions']['jax']}."
     return "\n".join(lines)

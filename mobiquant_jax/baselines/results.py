@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mobiquant_jax.files import read_json, save_json
+from mobiquant_jax.files import check_same, continues, read_json, save_json
 
 _KEY = ("method", "bits", "calibrated_bits", "seed", "settings", "text")
 Row = dict[str, Any]
@@ -62,20 +62,16 @@ def open_results(
         ValueError: both flags; a file in the way without a flag; a file that is no such table, or one of another
             identity, naming what differs.
     """
-    if resume and overwrite:
-        raise ValueError("give one of --resume and --overwrite")
     identity = json.loads(json.dumps(identity))
     path = None if path is None else Path(path)
-    if path is None or not path.exists() or overwrite:
+    if path is None or not continues(path, resume=resume, overwrite=overwrite):
         return Results(path=path, identity=identity, sessions=[session])
-    if not resume:
-        raise ValueError(f"'{path}' exists: --resume adds what is missing, --overwrite starts over")
     content = read_results(path)
     old = content["identity"]
     for name in sorted((identity.keys() | old.keys()) - {"texts"}):
-        _check_same(path, name, old.get(name), identity.get(name))
+        check_same(path, name, old.get(name), identity.get(name))
     for text in old["texts"].keys() & identity["texts"].keys():
-        _check_same(path, f"text {text}", old["texts"][text], identity["texts"][text])
+        check_same(path, f"text {text}", old["texts"][text], identity["texts"][text])
     identity["texts"] = old["texts"] | identity["texts"]
     return Results(path=path, identity=identity, sessions=[*content["sessions"], session], rows=content["rows"])
 
@@ -118,11 +114,6 @@ def best_settings(rows: list[Row], method: str, bits: int) -> tuple[dict[str, An
     if not tried:
         return None, 0
     return json.loads(min(tried, key=lambda settings: sum(tried[settings]) / len(tried[settings]))), len(tried)
-
-
-def _check_same(path: Path, name: str, before: Any, now: Any) -> None:
-    if before != now:
-        raise ValueError(f"'{path}' was made with {name}={before!r}, not {now!r}: --overwrite starts over")
 
 
 def _key(row: Row) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mobiquant_jax.benchmark.settings import DENSE_BITS
+from mobiquant_jax.provenance import short_commit
 
 
 def markdown(content: dict[str, Any]) -> str:
@@ -45,7 +46,7 @@ def summary(content: dict[str, Any]) -> str:
 
 def _origin(content: dict[str, Any]) -> str:
     lines = [
-        f"`{session['command']}` at {(session['commit'] or 'no commit')[:7]}: {', '.join(session['devices'])}; "
+        f"`{session['command']}` at {short_commit(session['commit'])}: {', '.join(session['devices'])}; "
         f"jax {session['versions']['jax']}."
         for session in content["sessions"]
     ]

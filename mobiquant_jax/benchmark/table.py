@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mobiquant_jax.files import read_json_object, save_json
+from mobiquant_jax.files import check_same, continues, read_json_object, save_json
 
 Row = dict[str, Any]
 
@@ -73,21 +73,14 @@ def open_table(path: str | Path | None, identity: Row, session: Row, *, resume: 
         ValueError: both flags; a file in the way without a flag; a file that is no such table, or one of another
             identity, naming what differs.
     """
-    if resume and overwrite:
-        raise ValueError("give one of --resume and --overwrite")
     identity = json.loads(json.dumps(identity))
     path = None if path is None else Path(path)
-    if path is None or not path.exists() or overwrite:
+    if path is None or not continues(path, resume=resume, overwrite=overwrite):
         return Table(path=path, identity=identity, sessions=[session])
-    if not resume:
-        raise ValueError(f"'{path}' exists: --resume adds what is missing, --overwrite starts over")
     content = read_table(path)
     old, sessions = content.pop("identity"), content.pop("sessions")
     for name in sorted(identity.keys() | old.keys()):
-        if old.get(name) != identity.get(name):
-            raise ValueError(
-                f"'{path}' was made with {name}={old.get(name)!r}, not {identity.get(name)!r}: --overwrite starts over"
-            )
+        check_same(path, name, old.get(name), identity.get(name))
     return Table(path=path, identity=identity, sessions=[*sessions, session], sections=content)
 
 

@@ -11,6 +11,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MultipleLocator, NullFo
 
 from mobiquant_jax.evaluation.perplexity import PerplexityResult
 from mobiquant_jax.files import save_json
+from mobiquant_jax.provenance import short_commit
 
 STYLE: dict[Any, Any] = {"font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False}
 LOG_RATIO = 4.0  # a curve that spans more than this is drawn on a logarithmic axis
@@ -93,7 +94,7 @@ def markdown_table(result: dict[str, Any]) -> str:
     seconds = "resumed" if result["seconds"] is None else f"{result['seconds']:.0f} s"
     versions = ", ".join(f"{name} {origin['versions'][name]}" for name in ("jax", "flax"))
     source = (
-        f"`{origin['command']}` at {(origin['commit'] or 'no commit')[:7]}: {seconds}, {result['peak_gb']:.1f} GB of "
+        f"`{origin['command']}` at {short_commit(origin['commit'])}: {seconds}, {result['peak_gb']:.1f} GB of "
         f"host memory; {', '.join(origin['devices'])}, {origin['cores']} cores; Python {origin['python']}, {versions}."
     )
     return "\n".join([*rows, "", source])

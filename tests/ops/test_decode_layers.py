@@ -45,6 +45,12 @@ def scores(router, layer, x):
     return np.stack(found)
 
 
+def rotate(heads, angles):
+    first, second = np.split(heads, 2, axis=-1)
+    cos, sin = np.cos(angles), np.sin(angles)
+    return rounded(np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1))
+
+
 class Reference:
     """The step in float64 at given depths, rounded where the kernels round; notes what the routers would have said."""
 
@@ -74,10 +80,7 @@ class Reference:
             axis=1,
         )
         angles = (positions[:, None] * inverse_frequencies(cfg).astype(np.float64))[:, None]
-        turn = lambda first, second: np.concatenate(  # noqa: E731
-            [first * np.cos(angles) - second * np.sin(angles), second * np.cos(angles) + first * np.sin(angles)], -1
-        )
-        q, k = (rounded(turn(*np.split(part, 2, axis=-1))) for part in parts[:2])
+        q, k = (rotate(part, angles) for part in parts[:2])
         mixed = []
         for b, position in enumerate(positions):
             key[layer, b, position], value[layer, b, position] = k[b], parts[2][b]

@@ -41,6 +41,8 @@ class CalibrationConfig:
         end_generated_share: share of them in each epoch's windows.
         end_save_seconds: its state is saved after the first epoch that ends so long after the last save, since saving
             may take longer than an epoch: a kill costs this and an epoch.
+        fit_epochs: epochs of fitting the routers to what their slices gain, once the weights are final.
+        fit_lr: peak learning rate of the routers in it.
         temperature: of the gates' surrogate gradient.
         dtype: type of the matmuls in training, ``"float32"`` or ``"bfloat16"``; parameters and errors are float32.
         penalty: lambda of the recipe "paper", ``lambda (B - B*(t))^2``.
@@ -72,6 +74,8 @@ class CalibrationConfig:
     end_generated_windows: int = 0
     end_generated_share: float = 0.67
     end_save_seconds: float = 120.0
+    fit_epochs: int = 0
+    fit_lr: float = 3e-3
     temperature: float = 1.0
     dtype: str = "float32"
     penalty: float = 1.0
@@ -205,6 +209,8 @@ _NOT_NEGATIVE = (
     "end_weight_lr",
     "end_clipping_lr",
     "end_router_lr",
+    "fit_epochs",
+    "fit_lr",
     "penalty",
     "seed",
 )

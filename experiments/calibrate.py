@@ -58,7 +58,7 @@ OVERWRITE = flags.DEFINE_boolean("overwrite", False, "delete the run in run_dir 
 PROFILE_BLOCK = flags.DEFINE_integer("profile_block", None, "trace the training of this block, from 1, into run_dir")
 JOIN_JOB = distributed.define_flags()
 
-_OUTCOME = ("evaluation.", "mesh.", "run_dir")  # fields that may change when a run is resumed
+_OUTCOME = ("evaluation.", "mesh.", "run_dir", "calibration.streams")  # fields that may change when a run is resumed
 SENTENCE = (
     "The capital of France is Paris, and a list comprehension such as [x**2 for x in range(10)] returns ten squares."
 )

@@ -37,6 +37,7 @@ SHARED = ROOT.parent / "shared" / "data"
 
 def pytest_addoption(parser):
     parser.addoption("--record", metavar="FILE.json", help="where a slow test writes what it measured")
+    parser.addoption("--seed", type=int, help="of the moments at which a slow test kills; drawn if it is not given")
 
 
 @pytest.fixture(scope="session")

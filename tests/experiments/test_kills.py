@@ -4,7 +4,10 @@ Minutes long, so `pytest -m slow` runs it and nothing else does; ``--record=FILE
 
 Resumed on the same mesh, a run must end with the very bits of one that nothing interrupted: blocks and states of tuning
 are saved whole, the streams are recomputed by the same programs, and every draw depends on the seed and a number alone.
-On another mesh the sums over devices run in another order, so its perplexities may differ by 1e-5 of themselves.
+On another mesh the sums over devices run in another order: losses, thresholds and routers may differ by 1e-5, codes not
+at all, and perplexities by 1e-5 where all tokens read one depth. In between, a token whose score lies that close to the
+threshold reads another depth; the first token of every window does so at once, since nothing precedes it and its score
+is the same in all. That has moved a perplexity by 2.5e-4, so 1e-3 is allowed there.
 """
 
 import json
@@ -25,7 +28,8 @@ from mobiquant_jax.provenance import provenance
 
 ROOT = Path(__file__).parents[2]
 KILLS = 10
-TOLERANCE = 1e-5  # of a perplexity, where a part of the run was on another mesh
+TOLERANCE, MIXED_TOLERANCE = 1e-5, 1e-3  # relative, where a part of the run was on another mesh
+ONE_DEPTH = (2.0, 8.0, None)  # average bits at which all tokens read the same; None for the unquantized model
 MESHES = {8: dict(data=4, fsdp=2), 4: dict(data=2, fsdp=2)}  # `model` does not divide this model's 172 channels
 RECIPE = (
     "windows=32",
@@ -102,6 +106,11 @@ def bit_for_bit(arrays, wanted):
     )
 
 
+def furthest(curve, wanted, chosen):
+    """The largest relative difference of perplexities."""
+    return max(abs(curve[bits] / wanted[bits] - 1) for bits in chosen)
+
+
 def test_killed_at_random_moments_a_run_ends_as_if_nothing_had_happened(start, tmp_path, request):
     def complete(run, devices=8):
         begin, log = time.monotonic(), tmp_path / f"{run.name}.log"
@@ -114,7 +123,8 @@ def test_killed_at_random_moments_a_run_ends_as_if_nothing_had_happened(start, t
     wanted, arrays = outcome(whole)
     assert outcome(again)[0] == wanted and bit_for_bit(outcome(again)[1], arrays)
 
-    rng = random.Random(seed := random.SystemRandom().randrange(10**6))
+    seed = request.config.getoption("seed") or random.SystemRandom().randrange(1, 10**6)
+    rng = random.Random(seed)
     print(f"seed {seed}; a whole run takes {seconds:.1f} s")
     kills, runs, moved = [], [], False
     while len(kills) < KILLS or runs[-1]["seconds"] is None:
@@ -145,12 +155,18 @@ def test_killed_at_random_moments_a_run_ends_as_if_nothing_had_happened(start, t
         run = tmp_path / f"run{number}"
         curve, found = outcome(run)
         assert curve.keys() == wanted.keys()
-        entry["largest_relative_difference"] = max(abs(curve[bits] / wanted[bits] - 1) for bits in wanted)
+        mixed = [bits for bits in wanted if bits not in ONE_DEPTH]
+        entry["largest_relative_difference"] = furthest(curve, wanted, ONE_DEPTH)
+        entry["largest_relative_difference_mixed_depths"] = furthest(curve, wanted, mixed)
         entry["bit_for_bit"] = curve == wanted and bit_for_bit(found, arrays)
         print(entry)
         assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in whole.iterdir())
         for key, value in losses(run).items():
             assert value == pytest.approx(losses(whole)[key], rel=TOLERANCE), key
+        for name, array in found.items():
+            limit = 0 if np.issubdtype(array.dtype, np.integer) else TOLERANCE  # codes and zero points are integers
+            pair = (np.asarray(array, np.float64), np.asarray(arrays[name], np.float64))
+            np.testing.assert_allclose(*pair, rtol=limit, atol=limit, err_msg=name)
     if request.config.getoption("record"):
         command = "python -m pytest -m slow tests/experiments/test_kills.py --record=results/kills.json"
         save_json(
@@ -165,5 +181,6 @@ def test_killed_at_random_moments_a_run_ends_as_if_nothing_had_happened(start, t
             },
         )
     for entry in runs:
-        same_mesh = entry["devices"] == [8]
-        assert entry["largest_relative_difference"] <= TOLERANCE and (entry["bit_for_bit"] or not same_mesh), entry
+        assert entry["bit_for_bit"] or entry["devices"] != [8], entry
+        assert entry["largest_relative_difference"] <= TOLERANCE, entry
+        assert entry["largest_relative_difference_mixed_depths"] <= MIXED_TOLERANCE, entry

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 RECIPES = ("elastic", "paper")
+STREAMS = ("device", "host")
 LOSSES = ("mse", "relative", "log_relative")
 
 Routing = Literal["first_slice", "uniform", "quantile", "penalty"]
@@ -45,6 +46,9 @@ class CalibrationConfig:
         fit_lr: peak learning rate of the routers in it.
         temperature: of the gates' surrogate gradient.
         dtype: type of the matmuls in training, ``"float32"`` or ``"bfloat16"``; parameters and errors are float32.
+        streams: where the activations of all windows are kept: ``"device"``, split over the devices' memory, or
+            ``"host"``, whole in each process's, from where a batch at a time goes to the devices. The steps are the
+            same; compiled one by one, they may round differently.
         penalty: lambda of the recipe "paper", ``lambda (B - B*(t))^2``.
         threshold_windows: calibration windows on which thresholds are recorded.
         threshold_scope: ``"linear"``, every linear meets the budget; ``"global"``, one threshold for all.
@@ -78,6 +82,7 @@ class CalibrationConfig:
     fit_lr: float = 3e-3
     temperature: float = 1.0
     dtype: str = "float32"
+    streams: str = "device"
     penalty: float = 1.0
     threshold_windows: int = 16
     threshold_scope: str = "linear"
@@ -87,6 +92,7 @@ class CalibrationConfig:
         """Checks every field that can be checked without a model."""
         _one_of("calibration.recipe", self.recipe, RECIPES)
         _one_of("calibration.loss", self.loss, LOSSES)
+        _one_of("calibration.streams", self.streams, STREAMS)
         _one_of("calibration.dtype", self.dtype, ("float32", "bfloat16"))
         _one_of("calibration.threshold_scope", self.threshold_scope, ("linear", "global"))
         levels = len(self.budgets)

@@ -42,11 +42,9 @@ def get_config() -> ConfigDict:
     config.calibration.budgets = (2.0, 3.0, 4.0, 8.0)
     config.calibration.first_epochs = 1
     config.calibration.joint_epochs = 0
-    config.calibration.end_nested_epochs = 3
-    config.calibration.end_joint_epochs = 1
-    config.calibration.end_joint_windows = 6
+    config.calibration.end_epochs = 4
     config.calibration.end_weight_lr = 2e-4
-    config.calibration.end_router_lr = 5e-3
+    config.calibration.fit_epochs = 1
     config.calibration.threshold_windows = 4
     config.router.budget_grid = (2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 7.0, 8.0)
     config.evaluation.windows = 12

@@ -47,9 +47,8 @@ from mobiquant_jax.baselines import (
     run_omniquant_at,
 )
 from mobiquant_jax.config_flags import define_config, run, whole_numbers
-from mobiquant_jax.data import load_token_ids, token_windows
 from mobiquant_jax.evaluation import evaluate_perplexity, perplexity_step
-from mobiquant_jax.experiment import load_dense_model, load_windows
+from mobiquant_jax.experiment import load_dense_model, load_texts, load_windows
 from mobiquant_jax.models.elastic import DENSE_BITS, ElasticModel
 from mobiquant_jax.provenance import fingerprint, provenance
 
@@ -107,7 +106,7 @@ def main(_: list[str]) -> None:
         for bits in whole_numbers("bits", BITS.value)
     }
     windows = load_windows(config, dense, "calibration")
-    texts = _load_texts(config.evaluation.window_length, dense)
+    texts = load_texts(TEXTS.value, config.evaluation.window_length, dense)
     identity = {
         "model": fingerprint(dense.variables),
         "calibration": fingerprint(windows),
@@ -205,28 +204,6 @@ def _batches(jobs: list[Job]) -> Iterator[list[Job]]:
     for group in groups.values():
         for start in range(0, len(group), AT_ONCE.value):
             yield group[start : start + AT_ONCE.value]
-
-
-def _load_texts(window_length: int, dense: ElasticModel) -> dict[str, np.ndarray]:
-    """The windows of each --text."""
-    if window_length > dense.config.max_position_embeddings:
-        raise ValueError(
-            f"evaluation.window_length={window_length} exceeds the model's context of "
-            f"{dense.config.max_position_embeddings} tokens"
-        )
-    texts: dict[str, np.ndarray] = {}
-    for option in TEXTS.value:
-        label, equals, source = option.partition("=")
-        name, colon, count = label.partition(":")
-        if not equals or not name or (colon and not count.isdigit()):
-            raise ValueError(f"--text={option} is not NAME=SOURCE or NAME:WINDOWS=SOURCE")
-        if name in texts:
-            raise ValueError(f"--text={option}: there is another text of this name")
-        ids = load_token_ids(source, "all", dense.tokenizer)
-        texts[name] = token_windows(ids, window_length, int(count) if colon else None, dense.config.vocab_size)
-    if not texts:
-        raise ValueError("nothing to score: give --text=NAME=SOURCE")
-    return texts
 
 
 def _parse_change(option: str, widths: list[int]) -> tuple[str, list[int], str, list[Any]]:

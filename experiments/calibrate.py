@@ -99,6 +99,7 @@ def main(_: list[str]) -> None:
     else:
         model = _calibrate(dense, elastic, calibration, windows, mesh, run_dir, record)
         print(f"calibrated in {time.perf_counter() - start:.0f} s")
+    calibrated = time.perf_counter()
     run_dir.remove_intermediate()
     print(f"measuring on {heldout.size} held-out tokens", flush=True)
     with jax.set_mesh(mesh):
@@ -106,7 +107,9 @@ def main(_: list[str]) -> None:
     seconds, peak = time.perf_counter() - start, round(peak_host_bytes() / 1e9, 2)
     result = {
         "provenance": record["provenance"],
-        "seconds": None if RESUME.value else round(seconds, 1),  # a resumed run's are not all of them
+        # A resumed run's seconds are not all of them.
+        "seconds": None if RESUME.value else round(seconds, 1),
+        "calibration_seconds": None if RESUME.value else round(calibrated - start, 1),
         "peak_gb": peak,
         "curve": curve_rows(results),
     }

@@ -1,6 +1,7 @@
 """What a config names, made of it: settings, the unquantized model, its windows of text. Shared by the scripts."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -127,3 +128,34 @@ def load_windows(config: ConfigDict, model: ElasticModel, split: str) -> Int32[n
             f"not {section.windows}"
         )
     return windows
+
+
+def load_texts(options: Sequence[str], window_length: int, model: ElasticModel) -> dict[str, Int32[np.ndarray, "n T"]]:
+    """The windows of texts to score, by name.
+
+    Args:
+        options: ``NAME=SOURCE``, or ``NAME:WINDOWS=SOURCE`` for the first windows only.
+        window_length: tokens of a window.
+        model: whose tokens.
+
+    Raises:
+        ValueError: no options, one that is not of this form, a name twice, or windows beyond the model's context.
+    """
+    if window_length > model.config.max_position_embeddings:
+        raise ValueError(
+            f"evaluation.window_length={window_length} exceeds the model's context of "
+            f"{model.config.max_position_embeddings} tokens"
+        )
+    texts: dict[str, np.ndarray] = {}
+    for option in options:
+        label, equals, source = option.partition("=")
+        name, colon, count = label.partition(":")
+        if not equals or not name or (colon and not count.isdigit()):
+            raise ValueError(f"--text={option} is not NAME=SOURCE or NAME:WINDOWS=SOURCE")
+        if name in texts:
+            raise ValueError(f"--text={option}: there is another text of this name")
+        ids = load_token_ids(source, "all", model.tokenizer)
+        texts[name] = token_windows(ids, window_length, int(count) if colon else None, model.config.vocab_size)
+    if not texts:
+        raise ValueError("nothing to score: give --text=NAME=SOURCE")
+    return texts

@@ -69,7 +69,6 @@ _OTHER_ARRAYS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("attention_norm", "scale"): ("channel",),
     ("mlp_norm", "scale"): ("channel",),
     ("final_norm", "scale"): ("channel",),
-    ("thresholds",): ("budget",),  # of end-to-end tuning, one for all linears
 }
 
 

@@ -30,19 +30,17 @@ class CalibrationConfig:
         loss: block error: ``"mse"``; ``"relative"``, each token's error over its energy, so that an attention sink
             counts as one token; ``"log_relative"``, its logarithm, which gives every budget the same pull.
         propagated_weight: weight of a second target, the full-precision block on the quantized stream.
-        end_nested_epochs: epochs of end-to-end tuning on the model's own logits, after the blocks, all tokens of a
-            step at one width. Needs memory for the whole model, its gradients and its optimizer.
-        end_joint_epochs: further epochs of it, slices and routers together.
-        end_joint_windows: windows of such an epoch, whose steps cost as many matmuls as there are slices; 0 for all.
-        end_batch_size: windows a step of it.
+        end_epochs: epochs of end-to-end tuning of weights and clipping on the model's own logits, after the blocks.
+            Needs memory for the whole model, its gradients and its optimizer.
+        end_batch_size: windows a step of it, and of fitting the routers.
         end_weight_lr: peak learning rate of the weights in it; 0 freezes them.
         end_clipping_lr: of the clipping logits.
-        end_router_lr: of the routers.
         end_generated_windows: windows that the unquantized model writes itself to learn from; 0 for none.
         end_generated_share: share of them in each epoch's windows.
         end_save_seconds: its state is saved after the first epoch that ends so long after the last save, since saving
             may take longer than an epoch: a kill costs this and an epoch.
-        fit_epochs: epochs of fitting the routers to what their slices gain, once the weights are final.
+        fit_epochs: epochs of fitting all routers together to what their slices gain, once the weights are final; with
+            0 they know their input's magnitude and their linear's mean gain. The recipe "paper" keeps the blocks' own.
         fit_lr: peak learning rate of the routers in it.
         temperature: of the gates' surrogate gradient.
         dtype: type of the matmuls in training, ``"float32"`` or ``"bfloat16"``; parameters and errors are float32.
@@ -50,8 +48,10 @@ class CalibrationConfig:
             ``"host"``, whole in each process's, from where a batch at a time goes to the devices. The steps are the
             same; compiled one by one, they may round differently.
         penalty: lambda of the recipe "paper", ``lambda (B - B*(t))^2``.
-        threshold_windows: calibration windows on which thresholds are recorded.
-        threshold_scope: ``"linear"``, every linear meets the budget; ``"global"``, one threshold for all.
+        threshold_windows: calibration windows on which thresholds are recorded; routers are fitted to the others, so
+            that the bits they use hold for text they were not fitted to.
+        threshold_scope: ``"global"``, one threshold for all linears, so that bits go where they gain most;
+            ``"linear"``, every linear meets the budget by itself.
         seed: of routers and shuffling.
     """
 
@@ -68,24 +68,21 @@ class CalibrationConfig:
     router_lr: float = 1e-3
     loss: str = "log_relative"
     propagated_weight: float = 0.0
-    end_nested_epochs: int = 0
-    end_joint_epochs: int = 0
-    end_joint_windows: int = 0
+    end_epochs: int = 0
     end_batch_size: int = 1
     end_weight_lr: float = 5e-5
     end_clipping_lr: float = 1e-3
-    end_router_lr: float = 5e-4
     end_generated_windows: int = 0
     end_generated_share: float = 0.67
     end_save_seconds: float = 120.0
-    fit_epochs: int = 0
+    fit_epochs: int = 2
     fit_lr: float = 3e-3
     temperature: float = 1.0
     dtype: str = "float32"
     streams: str = "device"
     penalty: float = 1.0
     threshold_windows: int = 16
-    threshold_scope: str = "linear"
+    threshold_scope: str = "global"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -112,14 +109,8 @@ class CalibrationConfig:
             raise ValueError(f"calibration epochs {self.first_epochs} + {self.joint_epochs} must be at least 1")
         if not 1 <= self.end_batch_size <= self.windows:
             raise ValueError(f"calibration.end_batch_size={self.end_batch_size} is outside 1..{self.windows}")
-        if self.end_joint_windows and not self.end_batch_size <= self.end_joint_windows <= self.windows:
-            raise ValueError(
-                f"calibration.end_joint_windows={self.end_joint_windows} is neither 0 nor in "
-                f"{self.end_batch_size}..{self.windows}"
-            )
-        for name in ("end_nested_epochs", "end_joint_epochs"):
-            if self.recipe == "paper" and getattr(self, name):
-                raise ValueError(f"calibration.{name}={getattr(self, name)}: the recipe 'paper' ends with the blocks")
+        if self.recipe == "paper" and self.end_epochs:
+            raise ValueError(f"calibration.end_epochs={self.end_epochs}: the recipe 'paper' ends with the blocks")
         if not 0 <= self.end_generated_share <= 1:
             raise ValueError(f"calibration.end_generated_share={self.end_generated_share} is outside 0..1")
         if not self.temperature > 0:
@@ -136,14 +127,9 @@ class CalibrationConfig:
             raise ValueError(f"calibration.budgets {self.budgets} start below the first slice's {slice_bits[0]} bits")
 
     @property
-    def end_epochs(self) -> int:
-        """All epochs of end-to-end tuning."""
-        return self.end_nested_epochs + self.end_joint_epochs
-
-    @property
     def batches(self) -> dict[str, int]:
         """Numbers of windows that go through the model together, by field."""
-        fields = ("windows", "batch_size", *(("end_batch_size",) if self.end_epochs else ()))
+        fields = ("windows", "batch_size", *(("end_batch_size",) if self.recipe == "elastic" else ()))
         return {f"calibration.{name}": getattr(self, name) for name in fields}
 
     @property
@@ -209,12 +195,10 @@ _NOT_NEGATIVE = (
     "clipping_lr",
     "router_lr",
     "propagated_weight",
-    "end_nested_epochs",
-    "end_joint_epochs",
+    "end_epochs",
     "end_generated_windows",
     "end_weight_lr",
     "end_clipping_lr",
-    "end_router_lr",
     "fit_epochs",
     "fit_lr",
     "penalty",

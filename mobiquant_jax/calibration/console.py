@@ -74,6 +74,13 @@ class ConsoleObserver:
             flush=True,
         )
 
+    def on_fitted(self, epoch: int, epochs: int, healthy: bool, seconds: float) -> None:
+        """See `Observer`."""
+        note = "" if healthy else "  (steps that were not finite were left out)"
+        print(
+            f"routers {epoch}/{epochs}  {seconds:.1f} s  |  {clock((epochs - epoch) * seconds)} left{note}", flush=True
+        )
+
     def on_budget(self, bits: float) -> None:
         """See `Observer`."""
         if sys.stdout.isatty():

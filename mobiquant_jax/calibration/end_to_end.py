@@ -7,7 +7,7 @@ unquantized model) and student q (the same weights through the nested quantizer,
 
 The logarithm gives every budget the same pull: at 2 bits the divergence is a hundred times that at 8.
 
-The first epochs train the nested weights, all tokens of a step at one width; the rest train the routers with them.
+All tokens of a step read one width: routers are fitted afterwards, to the weights as they are then.
 """
 
 from collections.abc import Callable
@@ -24,22 +24,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from mobiquant_jax.calibration.config import CalibrationConfig
-from mobiquant_jax.calibration.linears import (
-    NestedLinear,
-    Params,
-    RoutedLinear,
-    UniformWidth,
-    pack_block,
-    trainable,
-)
+from mobiquant_jax.calibration.linears import NestedLinear, Params, UniformWidth, pack_block, trainable
 from mobiquant_jax.calibration.optimizer import grouped_adamw, guarded_update
 from mobiquant_jax.calibration.samples import draw_widths
 from mobiquant_jax.models import Llama, LlamaConfig
-from mobiquant_jax.models.elastic import ElasticConfig, average_bits
-from mobiquant_jax.routing import BatchBudget, FixedThreshold, untrained_threshold
+from mobiquant_jax.models.elastic import ElasticConfig
 from mobiquant_jax.sharding import Placement, one_device, place
-
-THRESHOLD_GAIN = 0.3  # change of a global threshold for each bit that a step was off its budget
 
 
 @jax.tree_util.register_dataclass
@@ -50,12 +40,10 @@ class TuningState:
     Attributes:
         params: trainable parameters of the stacked blocks.
         optimizer: the optimizer's state.
-        thresholds: of the routers at each budget; used where one threshold serves all linears.
     """
 
     params: Params
     optimizer: Any
-    thresholds: Float[Array, " budgets"]
 
 
 def distillation_loss(student: Float[Array, "B T V"], teacher: Float[Array, "B T V"]) -> Float[Array, ""]:
@@ -66,7 +54,7 @@ def distillation_loss(student: Float[Array, "B T V"], teacher: Float[Array, "B T
 
 @dataclass(frozen=True, kw_only=True)
 class EndToEndTrainer:
-    """Tunes weights, clipping and routers of all blocks at once. Call it under ``jax.set_mesh(tuner.mesh)``.
+    """Tunes weights and clipping of all blocks at once. Call it under ``jax.set_mesh(tuner.mesh)``.
 
     Attributes:
         config: architecture.
@@ -97,12 +85,7 @@ class EndToEndTrainer:
         return jax.jit(self._state, out_shardings=shardings)(params)
 
     def _state(self, params: Params) -> TuningState:
-        budgets = jnp.asarray(self.calibration.budgets)
-        return TuningState(
-            params=params,
-            optimizer=self._optimizer.init(params),
-            thresholds=untrained_threshold(budgets, self.elastic.slice_bits),
-        )
+        return TuningState(params=params, optimizer=self._optimizer.init(params))
 
     @cached_property
     def abstract_state(self) -> TuningState:
@@ -130,29 +113,26 @@ class EndToEndTrainer:
         return jax.eval_shape(lambda tokens: Llama(self.config).init(jax.random.key(0), tokens), tokens)["params"]
 
     def epoch(self, state: TuningState, dense: Params, index: int) -> tuple[TuningState, float, bool]:
-        """Steps over windows drawn from the calibration text and the generated one, each at a budget of its own.
+        """Steps over windows drawn from the calibration text and the generated one, each at a width of its own.
 
         Args:
             state: from ``init`` or the epoch before; donated.
             dense: the unquantized model's parameters.
-            index: number of the epoch; with the seed it determines windows, order and budgets.
+            index: number of the epoch; with the seed it determines windows, order and widths.
 
         Returns:
             The new state, the epoch's mean divergence, and whether every step was finite.
         """
         cal = self.calibration
         rng = np.random.default_rng([cal.seed, 1_000_000 + index])
-        nested = index < cal.end_nested_epochs
-        steps = self._nested_steps if nested else self._joint_steps
-        windows = self._draw_windows(rng)[: steps * cal.end_batch_size]
-        level = rng.permutation(np.resize(np.arange(len(cal.budgets)), steps))
-        bits = np.asarray(cal.budgets, np.float32)[level]
-        scalars = draw_widths(bits, self.elastic.slice_bits, rng).astype(np.float32) if nested else bits
-        batches = windows.reshape(steps, cal.end_batch_size, -1)
+        windows = self._draw_windows(rng)[: self._steps * cal.end_batch_size]
+        bits = rng.permutation(np.resize(np.asarray(cal.budgets, np.float32), self._steps))
+        widths = draw_widths(bits, self.elastic.slice_bits, rng)
+        batches = windows.reshape(self._steps, cal.end_batch_size, -1)
         tokens = place(batches, self.placement.batched(batches.shape, dim=1))
-        plan = (tokens, *self.placement.put_whole((level.astype(np.int32), scalars)))
+        plan = (tokens, self.placement.put_whole(widths))
         with jax.transfer_guard("disallow"):
-            state, divergences, healthy = self._epoch_fns[nested](state, dense, plan)
+            state, divergences, healthy = self._epoch(state, dense, plan)
         return state, float(np.mean(jax.device_get(divergences))), bool(healthy)
 
     def _draw_windows(self, rng: np.random.Generator) -> Int[np.ndarray, "W T"]:
@@ -164,44 +144,29 @@ class EndToEndTrainer:
         return rng.permutation(np.concatenate([self.windows[kept], self.generated[drawn]]))
 
     @property
-    def _nested_steps(self) -> int:
+    def _steps(self) -> int:
         return len(self.windows) // self.calibration.end_batch_size
-
-    @property
-    def _joint_steps(self) -> int:
-        return (self.calibration.end_joint_windows or len(self.windows)) // self.calibration.end_batch_size
 
     @cached_property
     def _optimizer(self) -> optax.GradientTransformation:
         cal = self.calibration
-        steps = cal.end_nested_epochs * self._nested_steps + cal.end_joint_epochs * self._joint_steps
-        return optax.chain(
-            optax.clip_by_global_norm(1.0),
-            grouped_adamw(cal.end_weight_lr, cal.end_clipping_lr, cal.end_router_lr, steps),
-        )
+        adamw = grouped_adamw(cal.end_weight_lr, cal.end_clipping_lr, 0.0, cal.end_epochs * self._steps)
+        return optax.chain(optax.clip_by_global_norm(1.0), adamw)
 
     @cached_property
-    def _epoch_fns(self) -> dict[bool, Callable[..., Any]]:
-        return {nested: self._compile_epoch(nested) for nested in (True, False)}
-
-    def _compile_epoch(self, nested: bool) -> Callable[..., Any]:
+    def _epoch(self) -> Callable[..., Any]:
         """Jitted: one epoch as a scan over steps. A step with a non-finite loss or gradient changes nothing."""
         teacher: Callable[..., Any] = Llama(self.config, dtype=self.dtype).apply
-        optimizer, loss_fn = self._optimizer, self._loss(nested)
 
         def step(carry: Any, inputs: Any, dense: Params) -> Any:
             state, healthy = carry
-            tokens, level, scalar = inputs
+            tokens, width = inputs
             target = teacher({"params": dense}, tokens)
-            (loss, (divergence, off)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-                state.params, dense, target, tokens, scalar, state.thresholds[level]
+            (loss, divergence), grads = jax.value_and_grad(self._loss, has_aux=True)(
+                state.params, dense, target, tokens, width
             )
-            params, optimizer_state, finite = guarded_update(optimizer, loss, grads, state.params, state.optimizer)
-            thresholds = state.thresholds.at[level].add(THRESHOLD_GAIN * jnp.where(finite, off, 0.0))
-            return (
-                TuningState(params=params, optimizer=optimizer_state, thresholds=thresholds),
-                healthy & finite,
-            ), divergence
+            params, optimizer, finite = guarded_update(self._optimizer, loss, grads, state.params, state.optimizer)
+            return (TuningState(params=params, optimizer=optimizer), healthy & finite), divergence
 
         def epoch(state: TuningState, dense: Params, plan: Any) -> Any:
             (state, healthy), divergences = jax.lax.scan(partial(step, dense=dense), (state, jnp.array(True)), plan)
@@ -209,33 +174,18 @@ class EndToEndTrainer:
 
         state = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         dense, whole = self.placement.shardings(self._abstract_dense), self.placement.replicated
-        plan = (self.placement.batched((1, self.calibration.end_batch_size, 1), dim=1), whole, whole)
+        plan = (self.placement.batched((1, self.calibration.end_batch_size, 1), dim=1), whole)
         return jax.jit(epoch, donate_argnums=0, in_shardings=(state, dense, plan), out_shardings=(state, whole, whole))
 
-    def _loss(self, nested: bool) -> Callable[..., tuple[Array, tuple[Array, Array]]]:
-        """The loss of one step, with its divergence and by how many bits it was off its budget.
+    def _loss(
+        self, layers: Params, dense: Params, target: Array, tokens: Array, width: Int[Array, ""]
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """The loss of one step, and its divergence.
 
         Embedding, final norm and head are the unquantized model's; only the blocks have a gradient.
         """
-        linear = partial(NestedLinear if nested else RoutedLinear, elastic=self.elastic)
-        student = Llama(self.config, linear=linear, dtype=self.dtype, remat=True)
-        temperature, scope = self.calibration.temperature, self.calibration.threshold_scope
-
-        def loss(
-            layers: Params, dense: Params, target: Array, tokens: Array, scalar: Array, threshold: Array
-        ) -> tuple[Array, tuple[Array, Array]]:
-            control: Any
-            if nested:
-                control = UniformWidth(width=scalar.astype(jnp.int32))
-            elif scope == "linear":
-                control = BatchBudget(bits=scalar, temperature=temperature)
-            else:
-                control = FixedThreshold(threshold=threshold, temperature=temperature)
-            logits, state = student.apply({"params": {**dense, "layers": layers}}, tokens, control, mutable=["stats"])
-            divergence = distillation_loss(logits, target)
-            off = jnp.zeros(())
-            if not nested and scope == "global":
-                off = jnp.mean(average_bits(self.config, jax.lax.stop_gradient(state["stats"]["layers"]))) - scalar
-            return jnp.log(divergence + 1e-6), (divergence, off)
-
-        return loss
+        linear = partial(NestedLinear, elastic=self.elastic)
+        student: Callable[..., Any] = Llama(self.config, linear=linear, dtype=self.dtype, remat=True).apply
+        logits = student({"params": {**dense, "layers": layers}}, tokens, UniformWidth(width=width))
+        divergence = distillation_loss(logits, target)
+        return jnp.log(divergence + 1e-6), divergence

@@ -4,7 +4,7 @@ An error e in a linear's output at one token adds to the expected loss, to secon
 
     E[loss(y + e)] - loss(y) = 1/2 E[(g . e)^2]
 
-with g the gradient at y of a loss whose labels are drawn from the model itself: E[g g^T] is then the Fisher information.
+with g the gradient at y of a loss whose labels are drawn from the model itself: E[g g^T] is the Fisher information.
 Slice e of the weights, ``R_e = W_e - W_{e-1}``, takes away an error ``x R_e``, which costs b_e bits for each of the
 linear's weights. So what a token gains for the price is
 
@@ -14,6 +14,7 @@ and the expected loss is least, at equal average bits, where all slices are read
 for all tokens of all linears: a global threshold (Lagrange multiplier) on the logarithm of the expected gain.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -27,13 +28,14 @@ from mobiquant_jax.quant import SlicedWeight
 from mobiquant_jax.routing import mask_depth
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def scored_matmul(
     x: Float[Array, "B T in"],
     weight: SlicedWeight,
     masks: Float[Array, "B T E-1"],
     scores: Float[Array, "B T E-1"],
     prices: tuple[float, ...],
+    matmul: Callable[..., Array] = sliced_matmul,
 ) -> Float[Array, "B T out"]:
     """``y[t] = x[t] @ W_{depth[t]}``, whose backward pass gives the scores the gradient of their own likelihood.
 
@@ -51,16 +53,25 @@ def scored_matmul(
         masks: of slices 2..E, prefixes of ones.
         scores: of slices 2..E; the product does not depend on them.
         prices: what slices 2..E cost.
+        matmul: `sliced_matmul`, or what stands for it on a mesh.
     """
     del scores, prices
-    return sliced_matmul(x, weight, mask_depth(masks), dtype=x.dtype)
+    return matmul(x, weight, mask_depth(masks))
 
 
-def _forward(x: Array, weight: SlicedWeight, masks: Array, scores: Array, prices: tuple[float, ...]) -> Any:
-    return scored_matmul(x, weight, masks, scores, prices), (x, weight, masks, scores)
+def _forward(
+    x: Array,
+    weight: SlicedWeight,
+    masks: Array,
+    scores: Array,
+    prices: tuple[float, ...],
+    matmul: Callable[..., Array],
+) -> Any:
+    return scored_matmul(x, weight, masks, scores, prices, matmul), (x, weight, masks, scores)
 
 
-def _backward(prices: tuple[float, ...], saved: Any, g: Float[Array, "B T out"]) -> Any:
+def _backward(prices: tuple[float, ...], matmul: Callable[..., Array], saved: Any, g: Float[Array, "B T out"]) -> Any:
+    del matmul
     x, weight, masks, scores = saved
     reads = jnp.stack([weight.dequantize(k) for k in range(1, len(weight.planes) + 1)])
     residuals = jnp.diff(reads, axis=0, prepend=0.0)  # [E, in, out]
@@ -89,4 +100,4 @@ class GainLinear(ElasticLinear):
         """See `ElasticLinear`."""
         size = x.shape[-1] * self.features / self.mean_size
         prices = tuple(bits * size for bits in self.elastic.slice_bits[1:])
-        return scored_matmul(x, weight, jax.lax.stop_gradient(masks), scores, prices)
+        return scored_matmul(x, weight, jax.lax.stop_gradient(masks), scores, prices, self.matmul)

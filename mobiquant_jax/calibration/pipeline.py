@@ -9,10 +9,11 @@ recomputed through them, so a resumed run continues with the very numbers of an 
 """
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,12 +26,14 @@ from jaxtyping import Int
 from mobiquant_jax import distributed
 from mobiquant_jax.calibration.block import BlockReport, BlockTrainer, Stream
 from mobiquant_jax.calibration.config import CalibrationConfig
-from mobiquant_jax.calibration.end_to_end import EndToEndTrainer
+from mobiquant_jax.calibration.end_to_end import EndToEndTrainer, TuningState
+from mobiquant_jax.calibration.epochs import SavedEpochs
 from mobiquant_jax.calibration.generated import write_windows
 from mobiquant_jax.calibration.host_block import HostBlockTrainer
 from mobiquant_jax.calibration.linears import Params
 from mobiquant_jax.calibration.read_ahead import read_ahead
-from mobiquant_jax.calibration.run_dir import RunDir
+from mobiquant_jax.calibration.routers import RouterState, RouterTrainer, with_routers
+from mobiquant_jax.calibration.run_dir import ROUTER, TUNING, RunDir
 from mobiquant_jax.calibration.samples import Samples
 from mobiquant_jax.calibration.stacking import stack_blocks
 from mobiquant_jax.calibration.thresholds import record_thresholds
@@ -61,6 +64,9 @@ class Observer(Protocol):
 
     def on_tuned(self, epoch: int, epochs: int, divergence: float, healthy: bool, seconds: float) -> None:
         """An epoch of end-to-end tuning is done; ``healthy`` unless a step was not finite and left out."""
+
+    def on_fitted(self, epoch: int, epochs: int, healthy: bool, seconds: float) -> None:
+        """An epoch of fitting the routers is done; ``healthy`` as above."""
 
     def on_budget(self, bits: float) -> None:
         """The thresholds for these average bits are recorded."""
@@ -215,25 +221,42 @@ class Calibrator:
             dtype=jnp.dtype(cal.dtype),
             mesh=self.mesh,
         )
-        state = None
-        while state is None and (first := distributed.from_main(self.run.tuned_epochs())):
-            state = self._load(self.run.tuned(first), tuner.abstract_state)
-        if state is None:
+
+        def start() -> TuningState:
             blocks = self._trained_blocks(trainer)
-            state = tuner.init(stack_blocks(blocks, self.config.num_hidden_layers, self.placement))
-        saved, saved_at = first, time.perf_counter()
-        for epoch in range(first, cal.end_epochs):
-            start = time.perf_counter()
-            state, divergence, healthy = tuner.epoch(state, dense, epoch)
-            # One process's clock decides for all.
-            if distributed.from_main(int(time.perf_counter() - saved_at >= cal.end_save_seconds)):
-                save_tree(self.run.tuned(epoch + 1), state)
-                self.run.remove(self.run.tuned(saved))
-                saved, saved_at = epoch + 1, time.perf_counter()
-            seconds = time.perf_counter() - start
-            self.run.log({"epoch": epoch, "divergence": divergence, "healthy": healthy, "seconds": round(seconds, 3)})
-            self.observer.on_tuned(epoch + 1, cal.end_epochs, divergence, healthy, seconds)
-        return tuner.pack(state.params)
+            return tuner.init(stack_blocks(blocks, self.config.num_hidden_layers, self.placement))
+
+        def epoch(state: TuningState, number: int) -> tuple[TuningState, dict[str, Any]]:
+            state, divergence, healthy = tuner.epoch(state, dense, number)
+            return state, {"divergence": divergence, "healthy": healthy}
+
+        def report(done: int, seconds: float, record: dict[str, Any]) -> None:
+            self.observer.on_tuned(done, cal.end_epochs, record["divergence"], record["healthy"], seconds)
+
+        stage = self._stage(TUNING, cal.end_epochs, tuner.abstract_state)
+        return tuner.pack(stage.run_all(start, epoch, report).params)
+
+    def _stage(self, name: str, epochs: int, like: Any) -> SavedEpochs:
+        load = partial(self._load, like=like)
+        seconds = self.calibration.end_save_seconds
+        return SavedEpochs(run=self.run, stage=name, epochs=epochs, save_seconds=seconds, load=load)
+
+    def _fit_routers(self, model: ElasticModel, windows: Int[np.ndarray, "W T"]) -> Variables:
+        """The variables with routers fitted to them."""
+        cal = self.calibration
+        model = dataclasses.replace(model, dtype=jnp.dtype(cal.dtype))
+        trainer = RouterTrainer(model=model, calibration=cal, windows=windows)
+
+        def epoch(state: RouterState, number: int) -> tuple[RouterState, dict[str, Any]]:
+            state, healthy = trainer.epoch(state, model.variables, number)
+            return state, {"healthy": healthy}
+
+        def report(done: int, seconds: float, record: dict[str, Any]) -> None:
+            self.observer.on_fitted(done, cal.fit_epochs, record["healthy"], seconds)
+
+        stage = self._stage(ROUTER, cal.fit_epochs, trainer.abstract_state)
+        state = stage.run_all(lambda: trainer.start(model.variables), epoch, report)
+        return with_routers(model.variables, state.routers)
 
     def _generated(self, params: Params, windows: Int[np.ndarray, "W T"]) -> Int[np.ndarray, "G T"]:
         """The windows that the unquantized model wrote: those of the run's folder, so that it resumes with the same."""
@@ -254,7 +277,7 @@ class Calibrator:
         return np.load(self.run.generated)
 
     def _finish(self, params: Params, layers: Params, windows: Int[np.ndarray, "W T"]) -> Variables:
-        """Puts the untouched parts around the packed layers and records thresholds."""
+        """Puts the untouched parts around the packed layers, fits their routers and records thresholds."""
         around = self.placement.put({name: part for name, part in params.items() if name != "layers"})
         variables: Variables = {
             "params": {**around, "layers": layers["params"]},
@@ -262,5 +285,10 @@ class Calibrator:
             "routing": {"layers": layers["routing"]},
         }
         model = ElasticModel(config=self.config, elastic=self.elastic, variables=variables, placement=self.placement)
-        chosen = windows[:: len(windows) // self.calibration.threshold_windows][: self.calibration.threshold_windows]
-        return record_thresholds(model, chosen, self.calibration.threshold_scope, self.observer.on_budget)
+        count = self.calibration.threshold_windows
+        recorded = np.arange(0, len(windows), len(windows) // count)[:count]
+        if self.calibration.recipe == "elastic":
+            others = np.delete(windows, recorded, axis=0)
+            fitted = self._fit_routers(model, others if len(others) >= self.calibration.end_batch_size else windows)
+            model = dataclasses.replace(model, variables=fitted)
+        return record_thresholds(model, windows[recorded], self.calibration.threshold_scope, self.observer.on_budget)

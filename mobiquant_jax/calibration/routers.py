@@ -28,6 +28,7 @@ Routers = dict[str, dict[str, dict[str, Router]]]
 """``{part: {name: {"router": Router}}}``, each array with a leading layer axis."""
 
 LINEAR_RANGE = 16.0  # silu(z) is z above it, and log rms(x) lies far above -16
+FAR_BELOW = 23.0  # scores so far below the gains' logarithm that 1 - mean(gain exp(-S)) has lost none of the mean
 
 
 @jax.tree_util.register_dataclass
@@ -56,10 +57,14 @@ def with_routers(variables: Variables, routers: Routers) -> Variables:
     return {**variables, "params": {**params, "layers": {**params["layers"], **routers}}}
 
 
-def magnitude_router(router: Router) -> Router:
+def magnitude_router(router: Router, offset: float = 0.0) -> Router:
     """A router that scores every slice ``2 log rms(x)``: an error grows with its input, a gain with its square.
 
     One hidden unit carries the logarithm, where its activation is linear; the others have no effect yet.
+
+    Args:
+        router: gives the shapes, and the first layer of the other units.
+        offset: added to the scores.
     """
     return dataclasses.replace(
         router,
@@ -67,7 +72,7 @@ def magnitude_router(router: Router) -> Router:
         magnitude=jnp.zeros_like(router.magnitude).at[..., 0].set(1.0),
         hidden_bias=jnp.zeros_like(router.hidden_bias).at[..., 0].set(LINEAR_RANGE),
         output=jnp.zeros_like(router.output).at[..., 0, :].set(2.0),
-        output_bias=jnp.full_like(router.output_bias, -2.0 * LINEAR_RANGE),
+        output_bias=jnp.full_like(router.output_bias, offset - 2.0 * LINEAR_RANGE),
     )
 
 
@@ -90,10 +95,20 @@ class RouterTrainer:
         """Where every array lies."""
         return self.model.placement or Placement.create(one_device(), self.model.config, self.model.elastic)
 
+    @cached_property
+    def abstract_state(self) -> RouterState:
+        """Shapes, types and shardings of the state."""
+
+        def make(routers: Routers) -> RouterState:
+            return RouterState(routers=routers, optimizer=self._optimizer.init(routers))
+
+        return self.placement.abstract(jax.eval_shape(make, routers_of(self.model.variables)))
+
     def start(self, variables: Variables) -> RouterState:
         """Routers that know magnitudes, and each linear's mean gain, as measured on some windows at every budget."""
         steps = min(len(self.calibration.budgets), self._steps)
-        routers = jax.tree.map(magnitude_router, routers_of(variables), is_leaf=_is_router)
+        below = partial(magnitude_router, offset=-FAR_BELOW)
+        routers = jax.tree.map(below, routers_of(variables), is_leaf=_is_router)
         gradients = self._measure(routers, variables, self._plan(0, steps))
         return self._begin(routers, gradients)
 
@@ -110,6 +125,10 @@ class RouterTrainer:
         """
         state, healthy = self._epoch(state, variables, self._plan(index + 1, self._steps))
         return state, bool(healthy)
+
+    @property
+    def _state_shardings(self) -> RouterState:
+        return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
 
     @property
     def _steps(self) -> int:
@@ -136,7 +155,7 @@ class RouterTrainer:
         config, elastic = self.model.config, self.model.elastic
         assert elastic is not None, "only an elastic model has routers"
         mean_size = float(np.mean([rows * columns for rows, columns in config.linear_shapes().values()]))
-        linear = partial(GainLinear, elastic=elastic, mean_size=mean_size)
+        linear = partial(GainLinear, elastic=elastic, placement=self.model.placement, mean_size=mean_size)
         module = Llama(config, linear=linear, dtype=self.model.dtype, remat=True)
 
         def loss(routers: Routers, variables: Variables, tokens: Array, bits: Array, seed: Array) -> Array:
@@ -173,14 +192,14 @@ class RouterTrainer:
         """
 
         def center(router: Router, gradient: Router) -> Router:
-            mean = jnp.maximum(1 - gradient.output_bias, 1e-12)  # gains are not negative, but sums of them round
+            mean = jnp.maximum(1 - gradient.output_bias, 1e-6)  # gains are not negative, but sums of them round
             return dataclasses.replace(router, output_bias=router.output_bias + jnp.log(mean))
 
         def begin(routers: Routers, gradients: Routers) -> RouterState:
             routers = jax.tree.map(center, routers, gradients, is_leaf=_is_router)
             return RouterState(routers=routers, optimizer=self._optimizer.init(routers))
 
-        return jax.jit(begin)
+        return jax.jit(begin, out_shardings=self._state_shardings)
 
     @cached_property
     def _epoch(self) -> Callable[..., tuple[RouterState, Array]]:
@@ -198,7 +217,7 @@ class RouterTrainer:
             (state, healthy), _ = jax.lax.scan(step, (state, jnp.array(True)), plan)
             return state, healthy
 
-        return jax.jit(epoch, donate_argnums=0)
+        return jax.jit(epoch, donate_argnums=0, out_shardings=(self._state_shardings, self.placement.replicated))
 
 
 def _is_router(node: Any) -> bool:

@@ -6,7 +6,8 @@ tree, which each process writes of its own devices.
 run.json       config, fingerprints of model and data, provenance
 generated.npy  windows that the unquantized model wrote, where the recipe wants some
 blocks/NNN/    each finished block, until the checkpoint is complete
-tuned/NNN/     the last saved state of end-to-end tuning, until then too
+tuning/NNN/    the last saved state of end-to-end tuning, until then too
+router/NNN/    that of fitting the routers
 metrics.jsonl  a line a block, then one an epoch of end-to-end tuning
 events/        the same for TensorBoard, where it was asked for
 profile/       the trace of a block, where one was asked for
@@ -26,6 +27,9 @@ from jaxtyping import Int
 from mobiquant_jax import distributed
 from mobiquant_jax.calibration.event_file import EventFile, check_installed
 from mobiquant_jax.files import read_json_object
+
+STAGES = (TUNING, ROUTER) = ("tuning", "router")
+"""What follows the blocks, over the whole model; folders of their states."""
 
 _IDENTITY = ("config", "model", "data")
 
@@ -72,24 +76,25 @@ class RunDir:
         """Traces of `jax.profiler`."""
         return self.path / "profile"
 
-    def tuned(self, epochs: int) -> Path:
-        """The folder of the state after so many epochs of end-to-end tuning."""
-        return self.path / "tuned" / f"{epochs:03d}"
+    def saved(self, stage: str, epochs: int) -> Path:
+        """The folder of the state after so many epochs of a stage of `STAGES`."""
+        return self.path / stage / f"{epochs:03d}"
 
-    def tuned_epochs(self) -> int:
-        """Epochs of end-to-end tuning that are on disk, complete."""
-        folder = self.path / "tuned"
+    def saved_epochs(self, stage: str) -> int:
+        """Epochs of a stage that are on disk, complete."""
+        folder = self.path / stage
         return max((int(entry.name) for entry in folder.glob("*") if entry.name.isdigit()), default=0)
 
     def remove(self, saved: Path) -> None:
-        """Removes a block or a state of end-to-end tuning; no process goes on before it is gone."""
+        """Removes a block or a saved state; no process goes on before it is gone."""
         distributed.on_main(f"removing '{saved}'", lambda: shutil.rmtree(saved, ignore_errors=True))
 
     def remove_intermediate(self) -> None:
         """Frees the space of blocks and epochs, once the checkpoint is complete, and of saves that were killed."""
         if not distributed.is_main():
             return
-        for folder in (self.blocks, self.path / "tuned", *self.path.glob(f".{self.checkpoint.name}.*")):
+        states = (self.path / stage for stage in STAGES)
+        for folder in (self.blocks, *states, *self.path.glob(f".{self.checkpoint.name}.*")):
             shutil.rmtree(folder, ignore_errors=True)
 
     def log(self, record: dict[str, Any]) -> None:

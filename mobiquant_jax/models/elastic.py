@@ -115,7 +115,7 @@ class ElasticLinear(nn.Module):
         masks = control.masks(inputs)
         self.sow("scores", "scores", inputs.scores)
         self.sow("stats", "bits", mask_bits(masks, cfg.slice_bits))
-        return self.multiply(x.astype(self.dtype), weight, masks, inputs.scores)
+        return self.multiply(x.astype(self.dtype), weight, masks, inputs.scores).astype(self.dtype)
 
     def multiply(
         self,
@@ -126,11 +126,15 @@ class ElasticLinear(nn.Module):
     ) -> Float[Array, "B T out"]:
         """The product at the depths that were chosen; ``scores`` are for those who train routers."""
         del scores
-        matmul = sliced_matmul
-        if self.placement is not None:
-            assert self.name is not None, "a block names its linears"
-            matmul = self.placement.matmul(self.name, sliced_matmul)
-        return matmul(x, weight, mask_depth(masks)).astype(self.dtype)
+        return self.matmul(x, weight, mask_depth(masks))
+
+    @property
+    def matmul(self) -> Callable[..., Array]:
+        """`sliced_matmul`, on each device's own shards where there is a mesh."""
+        if self.placement is None:
+            return sliced_matmul
+        assert self.name is not None, "a block names its linears"
+        return self.placement.matmul(self.name, sliced_matmul)
 
 
 def _empty_slices(in_features: int, features: int, cfg: ElasticConfig) -> SlicedWeight:

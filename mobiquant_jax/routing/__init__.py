@@ -20,7 +20,7 @@ from mobiquant_jax.routing.policies import (
     TableBudget,
     UniformDepth,
 )
-from mobiquant_jax.routing.router import Router, score, untrained_threshold
+from mobiquant_jax.routing.router import Router, score
 
 __all__ = [
     "BatchBudget",
@@ -45,5 +45,4 @@ __all__ = [
     "score",
     "threshold_for_bits",
     "threshold_gradient",
-    "untrained_threshold",
 ]

@@ -10,8 +10,6 @@ from jaxtyping import Array, Float, Key
 # mixture should, until training finds tokens worth more.
 INITIAL_SCORE_GAP = 4.0
 
-_INITIAL_SCORE_SPREAD = 0.6  # over routers and tokens: the root mean square of silu(z), z standard normal
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
@@ -72,23 +70,3 @@ def score(router: Router, x: Float[Array, "*batch in"]) -> Float[Array, "*batch 
         hidden = jnp.einsum("...i,ih->...h", x / rms, router.hidden) + jnp.log(rms) * router.magnitude
         hidden = jax.nn.silu(hidden + router.hidden_bias)
         return jnp.einsum("...h,he->...e", hidden, router.output) + router.output_bias
-
-
-def untrained_threshold(bits: Float[Array, "*batch"], slice_bits: tuple[int, ...]) -> Float[Array, "*batch"]:
-    """The threshold at which many routers of `Router.create` together read about ``bits`` on average.
-
-    Their scores of slice e are nearly normal, so that at a threshold tau
-
-        bits = b_1 + sum_{e=2..E} b_e Phi((gap * (mean rank - rank_e) - tau) / spread)
-
-    which is inverted on a grid.
-
-    Args:
-        bits: average bits.
-        slice_bits: bits of each slice.
-    """
-    ranks = jnp.arange(len(slice_bits) - 1, dtype=jnp.float32)
-    means = INITIAL_SCORE_GAP * (ranks.mean() - ranks)
-    threshold = jnp.linspace(means[0] + INITIAL_SCORE_GAP, means[-1] - INITIAL_SCORE_GAP, 1001)  # bits rise along it
-    kept = jax.scipy.stats.norm.cdf((means - threshold[:, None]) / _INITIAL_SCORE_SPREAD)
-    return jnp.interp(bits, slice_bits[0] + kept @ jnp.asarray(slice_bits[1:], jnp.float32), threshold)

@@ -27,13 +27,9 @@ from mobiquant_jax.calibration.config import Stage, stages
         (dict(window_length=1), "calibration.window_length=1 must be at least 2"),
         (dict(first_epochs=-1), "calibration epochs -1 + 10 must be at least 1"),
         (dict(first_epochs=0, joint_epochs=0), "calibration epochs 0 + 0 must be at least 1"),
-        (dict(end_nested_epochs=-2), "calibration.end_nested_epochs=-2 must be finite and not negative"),
-        (
-            dict(recipe="paper", end_joint_epochs=2),
-            "calibration.end_joint_epochs=2: the recipe 'paper' ends with the blocks",
-        ),
-        (dict(end_joint_windows=129), "calibration.end_joint_windows=129 is neither 0 nor in 1..128"),
-        (dict(end_joint_windows=2, end_batch_size=4), "calibration.end_joint_windows=2 is neither 0 nor in 4..128"),
+        (dict(end_epochs=-2), "calibration.end_epochs=-2 must be finite and not negative"),
+        (dict(fit_epochs=-1), "calibration.fit_epochs=-1 must be finite and not negative"),
+        (dict(recipe="paper", end_epochs=2), "calibration.end_epochs=2: the recipe 'paper' ends with the blocks"),
         (dict(end_generated_share=1.5), "calibration.end_generated_share=1.5 is outside 0..1"),
         (dict(end_generated_windows=-1), "calibration.end_generated_windows=-1 must be finite and not negative"),
         (dict(end_save_seconds=-1.0), "calibration.end_save_seconds=-1.0 must be finite and not negative"),
@@ -46,7 +42,7 @@ from mobiquant_jax.calibration.config import Stage, stages
         (dict(threshold_windows=129), "calibration.threshold_windows=129 is outside 1..128"),
         *(
             ({name: -1e-3}, f"calibration.{name}=-0.001 must be finite and not negative")
-            for name in ("weight_lr", "clipping_lr", "router_lr", "end_weight_lr", "end_clipping_lr", "end_router_lr")
+            for name in ("weight_lr", "clipping_lr", "router_lr", "end_weight_lr", "end_clipping_lr", "fit_lr")
         ),
         (dict(weight_lr=float("nan")), "calibration.weight_lr=nan must be finite and not negative"),
         (dict(penalty=-1.0), "calibration.penalty=-1.0 must be finite and not negative"),

@@ -25,6 +25,7 @@ def test_a_line_a_block(capsys):
     observer.on_block(2, BlockReport(before=0.5, after=0.5, bits=4.0, note="non-finite loss"), 1.0)
     observer.on_tuned(1, 3, 0.125, True, 60.0)
     observer.on_tuned(2, 3, 0.125, False, 60.0)
+    observer.on_fitted(1, 2, True, 3.25)
     observer.on_budget(8.0)
     lines = capsys.readouterr().out.splitlines()
     assert lines.pop(1) == "'runs/x/blocks/001' cannot be read: file 'd' is missing; it is computed again"
@@ -37,7 +38,8 @@ def test_a_line_a_block(capsys):
         lines[5]
         == "end to end 2/3  divergence 0.1250  60.0 s  |  1:00 left  (steps that were not finite were left out)"
     )
-    assert len(lines) == 6  # epochs and budgets are for a terminal
+    assert lines[6] == "routers 1/2  3.2 s  |  0:03 left"
+    assert len(lines) == 7  # epochs and budgets are for a terminal
 
 
 def test_a_terminal_sees_epochs_and_budgets(capsys, monkeypatch):

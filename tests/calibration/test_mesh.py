@@ -32,8 +32,9 @@ SECTIONS = {
         first_epochs=0,  # its program is the joint one's with fewer arrays; to compile it costs as much
         joint_epochs=1,
         router_lr=2e-4,
-        end_nested_epochs=1,
+        end_epochs=1,
         end_batch_size=4,
+        fit_epochs=1,
         threshold_windows=4,
     ),
 }

@@ -4,6 +4,7 @@ Training itself is tested in test_block.py and, in processes that are killed, in
 here a block's parameters are a function of what it was given, so that any mistake in the streams shows.
 """
 
+import dataclasses
 import json
 import shutil
 from functools import partial
@@ -17,6 +18,8 @@ import pytest
 from mobiquant_jax.calibration import BlockReport, BlockTrainer, Calibrator, RunDir, pipeline
 from mobiquant_jax.calibration.end_to_end import EndToEndTrainer
 from mobiquant_jax.calibration.linears import trainable
+from mobiquant_jax.calibration.routers import RouterState, RouterTrainer, routers_of
+from mobiquant_jax.calibration.run_dir import TUNING
 from mobiquant_jax.io.checkpoint import abstract_variables
 from mobiquant_jax.models import Block
 from mobiquant_jax.models.elastic import ElasticLinear
@@ -49,6 +52,9 @@ class Recorder:
     def on_tuned(self, *args):
         self.events.append(("tuned", *args))
 
+    def on_fitted(self, epoch, epochs, healthy, seconds):
+        self.events.append(("fitted", epoch, epochs, healthy))
+
     def on_budget(self, bits):
         self.events.append(("budget", bits))
 
@@ -67,7 +73,22 @@ def trained(monkeypatch):
         return params, BlockReport(before=1.0, after=0.5 + index, bits=5.0, note="as told")
 
     monkeypatch.setattr(BlockTrainer, "train", train)
+    monkeypatch.setattr(RouterTrainer, "start", start_routers)
+    monkeypatch.setattr(RouterTrainer, "epoch", fit_routers)
     return calls
+
+
+def start_routers(trainer, variables):
+    """A state with the routers as they are, in place of a program that takes seconds to compile."""
+    routers = routers_of(variables)
+    return RouterState(routers=routers, optimizer=trainer._optimizer.init(routers))
+
+
+def fit_routers(trainer, state, variables, index):
+    """Adds what tells the epoch and the windows from others."""
+    shift = (index + 1) * float(np.mean(trainer.windows))
+    routers = jax.tree.map(lambda leaf: leaf + 1e-3 * shift, state.routers)
+    return dataclasses.replace(state, routers=routers), True
 
 
 @pytest.fixture(scope="module")
@@ -97,10 +118,12 @@ def test_the_streams_of_two_blocks_and_a_run_that_continues(
         ("block", 0, 0.5),
         ("epoch", 1, "joint"),
         ("block", 1, 1.5),
+        ("fitted", 1, 2, True),
+        ("fitted", 2, 2, True),
         *(("budget", bits) for bits in elastic.budget_grid),
     ]
     rows = [json.loads(line) for line in (whole.run.path / "metrics.jsonl").read_text().splitlines()]
-    assert [(row["block"], row["before"], row["after"], row["bits"], row["note"]) for row in rows] == [
+    assert [(row["block"], row["before"], row["after"], row["bits"], row["note"]) for row in rows[:2]] == [
         (0, 1.0, 0.5, 5.0, "as told"),
         (1, 1.0, 1.5, 5.0, "as told"),
     ]
@@ -211,11 +234,11 @@ def test_a_full_disk_ends_the_run_with_what_was_saved(calibrator, trained, param
 
 def test_a_damaged_state_of_tuning_is_computed_again(calibrator, trained, params, windows, monkeypatch):
     monkeypatch.setattr(EndToEndTrainer, "epoch", lambda self, state, dense, index: (state, 0.5 + index, True))
-    changes = dict(end_nested_epochs=2, end_save_seconds=0.0)
+    changes = dict(end_epochs=2, end_save_seconds=0.0)
     monkeypatch.setattr(pipeline, "record_thresholds", lambda model, *more: model.variables)
     first = calibrator("run", Recorder(), **changes)
     wanted = first.calibrate(params, windows)
-    largest = max((f for f in first.run.tuned(2).rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    largest = max((f for f in first.run.saved(TUNING, 2).rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-3])
     found = calibrator("run", observer := Recorder(), **changes).calibrate(params, windows)
     assert [event[0] for event in observer.events[:4]] == ["start", "damaged", "tuned", "tuned"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mobiquant_jax.calibration.run_dir import RunDir, open_run
+from mobiquant_jax.calibration.run_dir import ROUTER, TUNING, RunDir, open_run
 
 RECORD = {"config": {"quant.group_size": 64, "calibration.budgets": (2.0, 8.0)}, "model": "m", "data": "d", "made": 1}
 
@@ -125,13 +125,14 @@ def test_a_damaged_record_is_named(tmp_path, content):
 
 def test_unfinished_epochs_do_not_count_and_all_of_it_is_removed_at_the_end(tmp_path):
     run = opened(tmp_path / "run")
-    assert run.tuned_epochs() == 0
-    left_by_a_kill = [run.path / "tuned" / "003.orbax-checkpoint-tmp", run.path / ".checkpoint.partial-77"]
-    for folder in (run.block(0), run.tuned(1), run.tuned(2), run.checkpoint, *left_by_a_kill):
+    assert run.saved_epochs(TUNING) == 0
+    left_by_a_kill = [run.path / TUNING / "003.orbax-checkpoint-tmp", run.path / ".checkpoint.partial-77"]
+    first, second = (run.saved(TUNING, epochs) for epochs in (1, 2))
+    for folder in (run.block(0), first, second, run.saved(ROUTER, 5), run.checkpoint, *left_by_a_kill):
         folder.mkdir(parents=True)
-    assert run.tuned_epochs() == 2
-    run.remove(run.tuned(1))
-    assert not run.tuned(1).exists() and run.tuned(2).exists()
+    assert (run.saved_epochs(TUNING), run.saved_epochs(ROUTER)) == (2, 5)
+    run.remove(first)
+    assert not first.exists() and second.exists()
     run.log({"block": 0})
     run.log({"block": 1})
     run.remove_intermediate()
@@ -147,7 +148,7 @@ def test_an_event_file_holds_the_numbers_of_the_metrics(tmp_path):
     run = open_run(tmp_path / "run", RECORD, resume=False, overwrite=False, tensorboard=True)
     assert not (run.path / "events").exists()
     run.log({"block": 3, "before": 0.25, "note": "as told"})
-    run.log({"epoch": 1, "divergence": 0.5, "healthy": True})
+    run.log({"tuning_epoch": 1, "divergence": 0.5, "healthy": True})
     run.events.close()
     assert len((run.path / "metrics.jsonl").read_text().splitlines()) == 2
     (file,) = (run.path / "events").iterdir()
@@ -157,7 +158,7 @@ def test_an_event_file_holds_the_numbers_of_the_metrics(tmp_path):
         event = Event.FromString(content[12 : 12 + length])
         found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
         content = content[12 + length + 4 :]
-    assert found == [("block/before", 3, 0.25), ("epoch/divergence", 1, 0.5), ("epoch/healthy", 1, 1.0)]
+    assert found == [("block/before", 3, 0.25), ("tuning_epoch/divergence", 1, 0.5), ("tuning_epoch/healthy", 1, 1.0)]
 
 
 def test_an_event_file_without_the_package_is_one_line(tmp_path, monkeypatch):
@@ -169,4 +170,4 @@ def test_an_event_file_without_the_package_is_one_line(tmp_path, monkeypatch):
 
 def test_paths():
     run = RunDir(path=Path("r"))
-    assert (run.block(7), run.tuned(12)) == (Path("r/blocks/007"), Path("r/tuned/012"))
+    assert (run.block(7), run.saved(TUNING, 12)) == (Path("r/blocks/007"), Path("r/tuning/012"))

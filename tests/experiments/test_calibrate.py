@@ -26,15 +26,14 @@ ROOT = Path(__file__).parents[2]
 BITS = (2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
 RECIPE = (
     "windows=16",
-    "threshold_windows=16",
+    "threshold_windows=8",
     "window_length=128",
-    "first_epochs=0",
-    "joint_epochs=3",
+    "first_epochs=3",
+    "joint_epochs=0",
     "weight_lr=5e-5",
     "clipping_lr=3e-3",
-    "router_lr=2e-3",
-    "end_nested_epochs=1",
-    "end_joint_epochs=1",
+    "end_epochs=2",
+    "fit_epochs=2",
     "end_batch_size=2",
     "end_weight_lr=1e-5",
     "end_clipping_lr=3e-4",
@@ -113,7 +112,8 @@ def test_a_run_leaves_a_checkpoint_a_curve_and_its_history(finished, curve):
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["block"] for row in metrics[:5]] == list(range(5))
     assert all(row["after"] < row["before"] and row["note"] == "" for row in metrics[:5])
-    assert [row["epoch"] for row in metrics[5:]] == [0, 1] and all(row["healthy"] for row in metrics[5:])
+    assert [row["tuning_epoch"] for row in metrics[5:7]] == [row["router_epoch"] for row in metrics[7:]] == [0, 1]
+    assert all(row["healthy"] for row in metrics[5:])
     record = json.loads((run / "run.json").read_text())
     assert record["config"]["calibration.windows"] == 16 and record["provenance"]
     assert list(curve) == [*BITS, None]
@@ -192,8 +192,8 @@ def kill_after(line_start, command, environment):
     return "".join(printed)
 
 
-def test_a_run_killed_twice_ends_with_the_same_checkpoint(finished, folder, arguments, environment, run_script):
-    """Once in the middle of the blocks and, resumed, once in the middle of end-to-end tuning."""
+def test_a_run_killed_three_times_ends_with_the_same_checkpoint(finished, folder, arguments, environment, run_script):
+    """In the middle of the blocks, of end-to-end tuning and of fitting the routers."""
     whole, run = finished[0], folder / "killed"
     command = [sys.executable, "experiments/calibrate.py", *arguments(run)]
     kill_after("block  2/5", command, environment)
@@ -201,10 +201,13 @@ def test_a_run_killed_twice_ends_with_the_same_checkpoint(finished, folder, argu
     assert not (run / "blocks" / "004").exists() and not (run / "checkpoint").exists()
     printed = kill_after("end to end 1/2", [*command, "--resume"], environment)
     assert printed.startswith("2 of 5 blocks are on disk already; continuing with block 3\nblock  3/5")
-    assert not (run / "tuned" / "002").exists() and not (run / "checkpoint").exists()
+    assert not (run / "tuning" / "002").exists() and not (run / "checkpoint").exists()
+    printed = kill_after("routers 1/2", [*command, "--resume"], environment)
+    assert "none is left to train" in printed and "end to end 1/2" not in printed
+    assert (run / "tuning" / "002").exists() and not (run / "checkpoint").exists()
     result = run_script("calibrate", *arguments(run, "--resume"), **environment)
     assert result.returncode == 0, result.stderr
-    assert "none is left to train" in result.stdout and "end to end 1/2" not in result.stdout
+    assert "end to end" not in result.stdout and "routers 1/2" not in result.stdout and "routers 2/2" in result.stdout
 
     trees = [load_checkpoint(path / "checkpoint").variables for path in (whole, run)]
     for (path, wanted), got in zip(

@@ -22,6 +22,7 @@ import jax
 import numpy as np
 import pytest
 
+from mobiquant_jax.calibration.run_dir import ROUTER, TUNING, RunDir
 from mobiquant_jax.files import save_json
 from mobiquant_jax.io.checkpoint import load_checkpoint
 from mobiquant_jax.provenance import provenance
@@ -40,8 +41,8 @@ RECIPE = (
     "first_epochs=0",
     "joint_epochs=3",
     "router_lr=2e-3",
-    "end_nested_epochs=2",
-    "end_joint_epochs=2",
+    "end_epochs=3",
+    "fit_epochs=2",
     "end_batch_size=8",
     "end_save_seconds=0",
 )
@@ -74,10 +75,11 @@ def start(shared_data, tmp_path_factory):
 
 def finished_parts(run):
     """How far the folder of a run says that it has come."""
-    numbers = {kind: [int(p.name) for p in (run / kind).glob("*") if p.name.isdigit()] for kind in ("blocks", "tuned")}
+    saved = RunDir(path=run)
     return {
-        "blocks": len(numbers["blocks"]),
-        "tuned_epochs": max(numbers["tuned"], default=0),
+        "blocks": sum(entry.name.isdigit() for entry in saved.blocks.glob("*")),
+        "tuning_epochs": saved.saved_epochs(TUNING),
+        "router_epochs": saved.saved_epochs(ROUTER),
         "checkpoint": (run / "checkpoint").is_dir(),
     }
 
@@ -93,7 +95,7 @@ def losses(run):
     """Losses by block and epoch. A kill before its state is saved repeats an epoch; repeated lines must agree."""
     found = {}
     for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
-        key = ("block", row["block"]) if "block" in row else ("epoch", row["epoch"])
+        key = next(iter(row.items()))  # ("block", 3), ("tuning_epoch", 1), ...
         value = {name: row[name] for name in ("before", "after", "bits", "divergence") if name in row}
         assert found.setdefault(key, value) == pytest.approx(value, rel=TOLERANCE), key
     return found

@@ -154,21 +154,6 @@ def test_untrained_router_mixes_adjacent_depths():
     assert set(np.unique(depth)) == {1, 2}
 
 
-@pytest.mark.parametrize("slice_bits", [(2, 2, 2, 2), (2, 1, 1, 2, 2)])
-def test_untrained_threshold_nearly_meets_the_budget(slice_bits):
-    """Many routers together, as one threshold for all linears sees them."""
-    keys = jax.random.split(jax.random.key(4), 50)
-    x = jax.random.normal(jax.random.key(5), (40, 64))
-    create = jax.vmap(lambda key: routing.score(routing.Router.create(key, 64, 32, len(slice_bits)), x))
-    scores = jax.jit(create)(keys)
-    bits = np.array([2.0, 2.25, 2.5, 3.0, 3.5, 4.0, 5.0, 6.5, 8.0], np.float32)
-    thresholds = routing.untrained_threshold(bits, slice_bits)
-    assert np.all(np.diff(thresholds) < 0)
-    for wanted, threshold in zip(bits, thresholds, strict=True):
-        masks = routing.prefix_masks((scores > threshold).astype(jnp.float32))
-        assert float(routing.mask_bits(masks, slice_bits).mean()) == pytest.approx(wanted, abs=0.1)
-
-
 def test_bad_grid():
     with pytest.raises(ValueError, match=r"budget grid \(3.0, 8.0\)"):
         routing.check_grid((3.0, 8.0), (2, 2, 2, 2))

@@ -10,6 +10,7 @@ from typing import Any
 from absl import flags
 
 from mobiquant_jax.analysis import policies_table
+from mobiquant_jax.aot import render_table
 from mobiquant_jax.benchmark import summary
 from mobiquant_jax.config_flags import run
 from mobiquant_jax.evaluation import markdown_table
@@ -49,6 +50,8 @@ def table(result: dict[str, Any]) -> str:
     """
     if "kernels" in result:
         return summary(result)
+    if "compiled" in result:
+        return render_table(result["compiled"])
     return policies_table(result) if "policies" in result else markdown_table(result)
 
 

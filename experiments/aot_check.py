@@ -29,7 +29,7 @@ from mobiquant_jax.aot import (
 )
 from mobiquant_jax.config_flags import define_config, run
 from mobiquant_jax.experiment import load_architecture, load_calibration, load_elastic
-from mobiquant_jax.files import read_json, save_json
+from mobiquant_jax.files import RecordFile
 from mobiquant_jax.provenance import provenance
 
 CONFIG = define_config()
@@ -38,7 +38,7 @@ TP = flags.DEFINE_integer("tp", 1, "chips that share each head and feed-forward 
 FSDP = flags.DEFINE_integer("fsdp", 1, "chips that share the parameters otherwise (mesh axis fsdp)")
 BATCH = flags.DEFINE_integer("batch", 8, "sequences of prefill and decoding")
 CONTEXT = flags.DEFINE_integer("context", 2048, "tokens of each sequence")
-_KEY = ("model", "topology", "mesh")  # a record supersedes the one with the same
+_KEY = ("model", "topology", "mesh")
 PROGRAMS = ("calibration", "prefill", "decode")
 ONLY = flags.DEFINE_list("programs", list(PROGRAMS), "which to compile")
 OUTPUT = flags.DEFINE_string("output", None, "JSON file whose record of this model, topology and mesh is replaced")
@@ -51,7 +51,9 @@ def main(_: list[str]) -> None:
         raise ValueError("--topology=KIND:SHAPE is required, e.g. --topology=v5e:2x4")
     if unknown := set(ONLY.value) - set(PROGRAMS):
         raise ValueError(f"--programs: {sorted(unknown)[0]!r} is none of {', '.join(PROGRAMS)}")
-    records = _read_records(Path(OUTPUT.value)) if OUTPUT.value else []
+    output = RecordFile(path=Path(OUTPUT.value), name="compiled", key=_KEY) if OUTPUT.value else None
+    if output:
+        output.read()  # a mistaken file is found before minutes of compilation, not after
     config = CONFIG.value
     architecture = load_architecture(config)
     elastic = load_elastic(config)
@@ -86,8 +88,8 @@ def main(_: list[str]) -> None:
             refused.append(str(error))
             needs = {"program": program.name, "memory": error.needed}
             record["programs"].append(needs | dict.fromkeys(("flops", "bytes_accessed", "seconds")))
-        if OUTPUT.value:  # compilation takes minutes: each program is kept once it is known
-            save_json(OUTPUT.value, {"compiled": _replace(records, record)})
+        if output:  # each program is kept once it is known
+            output.save(record)
     print(render_table([record]))
     if refused:
         raise ValueError("; ".join(refused))
@@ -103,25 +105,6 @@ def _compile(program: Program, mesh: Mesh, memory: int) -> dict[str, Any]:
         flush=True,
     )
     return dataclasses.asdict(found)
-
-
-def _read_records(path: Path) -> list[dict[str, Any]]:
-    """What earlier calls recorded; read before minutes of compilation, not after."""
-    content = read_json(path) if path.is_file() else {"compiled": []}
-    records = content.get("compiled") if isinstance(content, dict) else None
-    if not isinstance(records, list) or not all(isinstance(r, dict) and r.keys() >= set(_KEY) for r in records):
-        raise ValueError(f"--output: '{path}' holds no list of aot_check's records")
-    return records
-
-
-def _replace(records: list[dict[str, Any]], record: dict[str, Any]) -> list[dict[str, Any]]:
-    """Puts a record in the place of the one it supersedes, or at the end."""
-
-    def key(entry: dict[str, Any]) -> Any:
-        return [entry[name] for name in _KEY]
-
-    kept = [record if key(entry) == key(record) else entry for entry in records]
-    return kept if record in kept else [*kept, record]
 
 
 if __name__ == "__main__":

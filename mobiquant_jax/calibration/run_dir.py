@@ -7,7 +7,7 @@ run.json       config, fingerprints of model and data, provenance
 generated.npy  windows that the unquantized model wrote, where the recipe wants some
 blocks/NNN/    each finished block, until the checkpoint is complete
 tuned/NNN/     the last saved state of end-to-end tuning, until then too
-metrics.jsonl  a line a block
+metrics.jsonl  a line a block, and an epoch of end-to-end tuning, with process 0's peak memory so far
 profile/       the trace of a block, where one was asked for
 checkpoint/    the elastic checkpoint
 """
@@ -24,6 +24,7 @@ from jaxtyping import Int
 
 from mobiquant_jax import distributed
 from mobiquant_jax.files import read_json_object
+from mobiquant_jax.provenance import peak_memory
 
 _IDENTITY = ("config", "model", "data")
 
@@ -89,11 +90,11 @@ class RunDir:
             shutil.rmtree(folder, ignore_errors=True)
 
     def log(self, record: dict[str, Any]) -> None:
-        """Appends a line to ``metrics.jsonl``; process 0 does."""
+        """Appends a line to ``metrics.jsonl``, with the peak memory so far; process 0 does."""
         if not distributed.is_main():
             return
         with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(record | peak_memory()) + "\n")
 
 
 def open_run(path: str | Path, record: dict[str, Any], *, resume: bool, overwrite: bool) -> RunDir:

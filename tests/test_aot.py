@@ -76,6 +76,7 @@ def test_the_tpu_compiler():
     assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "model": 2}
     for program in serving_programs(CONFIG, ELASTIC, mesh, batch=4, context=8):
         assert compile_for(program, mesh, GIB).memory < GIB
+    assert dict(tpu_mesh("v5p:4x4x4", tp=8, fsdp=8).shape) == {"data": 1, "fsdp": 8, "model": 8}  # cuts the second axis
     with pytest.raises(ValueError, match="topology 'v5e:3x7'"):
         tpu_mesh("v5e:3x7", tp=1)
 

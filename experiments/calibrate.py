@@ -104,6 +104,8 @@ def main(_: list[str]) -> None:
     seconds, peaks = time.perf_counter() - start, job_peak_memory()
     result = {
         "provenance": record["provenance"],
+        "mesh": record["mesh"],
+        "processes": jax.process_count(),
         "seconds": None if RESUME.value else round(seconds, 1),  # a resumed run's are not all of them
         **peaks,
         "curve": curve_rows(results),

@@ -8,6 +8,7 @@ import resource
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,21 @@ def short_commit(commit: str | None) -> str:
     """A commit as tables show it; one of a changed checkout says so."""
     head, plus, state = (commit or "no commit").partition("+")
     return (head[:7] if commit else head) + plus + state
+
+
+def origins(script: str, records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """A line under a table for each checkout and machine that its records come from.
+
+    Args:
+        script: what made them.
+        records: each with the ``provenance`` of its run.
+    """
+    lines = dict.fromkeys(
+        f"`{script}` at {short_commit(origin['commit'])}: {', '.join(origin['devices'])}, {origin['cores']} cores; "
+        f"jax {origin['versions']['jax']}."
+        for origin in (record["provenance"] for record in records)
+    )
+    return list(lines)
 
 
 def peak_host_bytes() -> int:

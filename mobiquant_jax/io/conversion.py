@@ -7,7 +7,7 @@ import numpy as np
 
 from mobiquant_jax.io.names import tensor_specs
 from mobiquant_jax.models.config import LlamaConfig
-from mobiquant_jax.provenance import short_commit
+from mobiquant_jax.provenance import origins
 
 FIXED_BYTES = 10**9
 
@@ -58,9 +58,4 @@ def conversions_table(records: Sequence[dict[str, Any]]) -> str:
         lines.append(
             f"| {record['source']} | {record['dtype']} | {record['layers']} | {gigabytes} | {record['seconds']:.0f} |"
         )
-    origins = dict.fromkeys(
-        f"`experiments/convert.py` at {short_commit(origin['commit'])}: {', '.join(origin['devices'])}, "
-        f"{origin['cores']} cores; jax {origin['versions']['jax']}."
-        for origin in (record["provenance"] for record in records)
-    )
-    return "\n".join([*lines, "", *origins])
+    return "\n".join([*lines, "", *origins("experiments/convert.py", records)])

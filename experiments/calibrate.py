@@ -56,9 +56,10 @@ RESUME = flags.DEFINE_boolean("resume", False, "continue the run in run_dir from
 OVERWRITE = flags.DEFINE_boolean("overwrite", False, "delete the run in run_dir and start over")
 
 PROFILE_BLOCK = flags.DEFINE_integer("profile_block", None, "trace the training of this block, from 1, into run_dir")
+TENSORBOARD = flags.DEFINE_boolean("tensorboard", False, "write the metrics to an event file in run_dir as well")
 JOIN_JOB = distributed.define_flags()
 
-_OUTCOME = ("evaluation.", "mesh.", "run_dir")  # fields that may change when a run is resumed
+_OUTCOME = ("evaluation.", "mesh.", "run_dir", "calibration.streams")  # fields that may change when a run is resumed
 SENTENCE = (
     "The capital of France is Paris, and a list comprehension such as [x**2 for x in range(10)] returns ten squares."
 )
@@ -90,7 +91,8 @@ def main(_: list[str]) -> None:
         "mesh": dict(mesh.shape),
         "provenance": provenance(),
     }
-    run_dir = open_run(config.run_dir, record, resume=RESUME.value, overwrite=OVERWRITE.value)
+    flags_given = dict(resume=RESUME.value, overwrite=OVERWRITE.value, tensorboard=TENSORBOARD.value)
+    run_dir = open_run(config.run_dir, record, **flags_given)
     if distributed.from_main(int(is_checkpoint(run_dir.checkpoint))):
         print(f"'{run_dir.checkpoint}' is complete already")
         model = load_checkpoint(run_dir.checkpoint, mesh)

@@ -149,7 +149,7 @@ def calibration_program(
     plan = (whole(ids.astype(np.int32)), whole(bits), whole(bits))
     return Program(
         name="calibration",
-        function=trainer.epoch_fn(stage),
+        function=trainer.epochs[stage],
         arguments=(params, placement.abstract(state), trainer.abstract_dense, streams, plan),
     )
 

@@ -35,6 +35,11 @@ ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 
 
+def pytest_addoption(parser):
+    parser.addoption("--record", metavar="FILE.json", help="where a slow test writes what it measured")
+    parser.addoption("--seed", type=int, help="of the moments at which a slow test kills; drawn if it is not given")
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real text and models beside the checkout; tests that need it skip only where it is absent."""

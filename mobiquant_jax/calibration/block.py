@@ -1,7 +1,7 @@
 """Training one block: jitted once, used for every block of the model.
 
 Everything lies on a mesh, of one device or of many: parameters and optimizer state as `Placement` says, streams split
-over the batch. Numbers are those of one device, but for the order of sums.
+over the batch; `host_block` keeps the streams on the host. Numbers are those of one device, but for the order of sums.
 """
 
 import math
@@ -18,24 +18,17 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from mobiquant_jax.calibration.block_functions import BlockFunctions
 from mobiquant_jax.calibration.config import CalibrationConfig, Stage, stages
 from mobiquant_jax.calibration.flops import epoch_flops
-from mobiquant_jax.calibration.linears import (
-    NestedLinear,
-    Params,
-    RoutedLinear,
-    UniformWidth,
-    pack_block,
-    trainable,
-)
-from mobiquant_jax.calibration.objective import budget_penalty, objective, sample_error, scheduled_budget
-from mobiquant_jax.calibration.optimizer import grouped_adamw, guarded_update
+from mobiquant_jax.calibration.linears import Params, pack_block, trainable
+from mobiquant_jax.calibration.optimizer import grouped_adamw
 from mobiquant_jax.calibration.samples import Samples, draw_widths
 from mobiquant_jax.models import Block, LlamaConfig
-from mobiquant_jax.models.elastic import ElasticConfig, ElasticLinear, average_bits
-from mobiquant_jax.routing import BatchBudget, FixedThreshold
+from mobiquant_jax.models.elastic import ElasticConfig
 from mobiquant_jax.sharding import Placement, constrain_batch, one_device
 
+Stream = jax.Array | np.ndarray  # [S or W, T, D]
 RISE_LIMIT = 1.5  # a block whose error grows beyond this multiple of its best is stopped
 
 
@@ -86,11 +79,22 @@ class BlockTrainer:
         """Where every array lies."""
         return Placement.create(self.mesh, self.config, self.elastic)
 
+    @cached_property
+    def functions(self) -> BlockFunctions:
+        """What happens to one batch."""
+        return BlockFunctions(
+            config=self.config,
+            elastic=self.elastic,
+            calibration=self.calibration,
+            placement=self.placement,
+            dtype=self.dtype,
+        )
+
     def train(
         self,
         dense: Params,
-        quantized: Float[Array, "S T D"],
-        target: Float[Array, "W T D"],
+        quantized: Stream,
+        target: Stream,
         index: int,
         on_epoch: Callable[[str, int, int, float], None] = lambda stage, epoch, epochs, error: None,
     ) -> tuple[Params, BlockReport]:
@@ -101,18 +105,18 @@ class BlockTrainer:
 
         Args:
             dense: the full-precision block's parameters.
-            quantized: the quantized stream that enters the block.
-            target: the full-precision stream that leaves it.
+            quantized: the quantized stream that enters the block, ``[S, T, D]``.
+            target: the full-precision stream that leaves it, ``[W, T, D]``.
             index: number of the block; with the seed it determines routers and shuffling.
             on_epoch: called with (stage, epoch, epochs, error) after each epoch.
 
         Returns:
             The trained parameters (``pack`` makes the elastic block of them) and a report.
         """
-        cal, put_whole = self.calibration, self.placement.put_whole
+        cal = self.calibration
         params = self._start(dense, np.int32(index))
         rng = np.random.default_rng([cal.seed, index])
-        streams = (quantized, target, put_whole(self.samples.window))
+        streams = (quantized, target, self._plan(self.samples.window))
         evaluate = partial(self._evaluate, streams=streams)
         before, bits = evaluate(params)
         best, best_error, note, flops = params, before, "", 0.0
@@ -123,7 +127,7 @@ class BlockTrainer:
             for epoch in range(stage.epochs):
                 ids, scalars = self._epoch_plan(stage, rng)
                 progress = (epoch * len(ids) + np.arange(len(ids), dtype=np.float32)) / step_count
-                plan = put_whole((ids, scalars, progress))
+                plan = self._plan((ids, scalars, progress))
                 with jax.transfer_guard("disallow"):
                     params, optimizer_state, healthy = self.epoch_fn(stage)(
                         params, optimizer_state, dense, streams, plan
@@ -143,6 +147,11 @@ class BlockTrainer:
                 break
         return best, BlockReport(before=before, after=best_error, bits=bits, note=note, flops=flops)
 
+    def embed(self, params: Params, windows: Int[np.ndarray, "N T"]) -> Stream:
+        """The stream of windows or samples that enters the first block, of the embedder's parameters."""
+        embed = jax.jit(self.functions.embed, out_shardings=self._batched(len(windows)))
+        return embed(params, self.placement.put_batch(windows))
+
     @cached_property
     def pack(self) -> Callable[[Params], Params]:
         """Jitted: trained parameters to the elastic block's variables."""
@@ -157,7 +166,7 @@ class BlockTrainer:
     def abstract_dense(self) -> Params:
         """Shapes, types and shardings of one dense block's parameters."""
         x = jax.ShapeDtypeStruct((1, 2, self.config.hidden_size), jnp.float32)
-        init = jax.eval_shape(lambda x: Block(self.config).init(jax.random.key(0), x, _positions(x)), x)
+        init = jax.eval_shape(lambda x: Block(self.config).init(jax.random.key(0), x, jnp.zeros((1, 2), jnp.int32)), x)
         return self.placement.abstract(init["params"])
 
     @cached_property
@@ -166,15 +175,14 @@ class BlockTrainer:
         return self.placement.abstract(self.abstract_params(self.abstract_dense))
 
     @cached_property
-    def dense_block(self) -> Callable[..., Array]:
+    def dense_block(self) -> Callable[..., Stream]:
         """Jitted ``(params, stream [W, T, D]) -> stream``: the full-precision block, a window a device at a time."""
-        block = Block(self.config, dtype=jnp.float32)
         shards = self.placement.batch_shards
 
         def apply(params: Params, stream: Float[Array, "W T D"]) -> Float[Array, "W T D"]:
             # [W / shards, shards, T, D]: each device goes through the windows that it holds.
             mine = stream.reshape(shards, -1, *stream.shape[1:]).swapaxes(0, 1)
-            out = jax.lax.map(lambda x: block.apply({"params": params}, x, _positions(x))[0], mine)
+            out = jax.lax.map(partial(self.functions.dense, params), mine)
             return out.swapaxes(0, 1).reshape(stream.shape)
 
         full = self._batched(self.calibration.windows)
@@ -186,28 +194,27 @@ class BlockTrainer:
         )
 
     @cached_property
-    def packed_block(self) -> Callable[..., Array]:
+    def packed_block(self) -> Callable[..., Stream]:
         """Jitted ``(variables, stream [S, T, D]) -> stream``: the packed block, each sample at its own budget.
 
         The thresholds are each batch's own quantiles, so every batch meets its budget exactly.
         """
-        linear = partial(ElasticLinear, elastic=self.elastic, placement=self.placement)
-        block = Block(self.config, linear=linear, dtype=jnp.float32)
         ids, bits = self.samples.steps(self.calibration.batch_size)
-
-        def one(variables: Params, x: Float[Array, "B T D"], budget: Array) -> Float[Array, "B T D"]:
-            return block.apply(variables, x, _positions(x), None, BatchBudget(bits=budget))[0]
 
         def apply(variables: Params, stream: Float[Array, "S T D"]) -> Float[Array, "S T D"]:
             batched = stream.reshape(len(ids), -1, *stream.shape[1:])  # in-order steps: samples are contiguous
             # Exchanged once for the whole stream, so that every step finds its batch spread over all devices.
             spread = jax.lax.with_sharding_constraint(batched, self.placement.batched(batched.shape, dim=1))
-            out = jax.lax.map(lambda step: one(variables, *step), (spread, jnp.asarray(bits)))
+            out = jax.lax.map(lambda step: self.functions.packed(variables, *step), (spread, jnp.asarray(bits)))
             return out.reshape(stream.shape)
 
         quantized = self._batched(len(self.samples.window))
         in_shardings = (self._packed_shardings, quantized)
         return jax.jit(apply, donate_argnums=1, in_shardings=in_shardings, out_shardings=quantized)
+
+    def _plan(self, tree: Any) -> Any:
+        """Puts the numbers of steps where ``epoch_fn`` takes them from."""
+        return self.placement.put_whole(tree)
 
     @cached_property
     def _param_shardings(self) -> Any:
@@ -285,26 +292,23 @@ class BlockTrainer:
         }
 
     @cached_property
-    def _epochs(self) -> dict[Stage, jax.stages.Wrapped]:
+    def epochs(self) -> dict[Stage, jax.stages.Wrapped]:
+        """The epochs of the recipe's stages, to be compiled where they are wanted."""
         return {stage: self._compile_epoch(stage) for stage in stages(self.calibration)}
 
-    def epoch_fn(self, stage: Stage) -> jax.stages.Wrapped:
+    def epoch_fn(self, stage: Stage) -> Callable[..., Any]:
         """Jitted ``(params, optimizer_state, dense, streams, plan)``: one epoch; the first two are donated."""
-        return self._epochs[stage]
+        return self.epochs[stage]
 
     def _compile_epoch(self, stage: Stage) -> jax.stages.Wrapped:
-        """Jitted: one epoch as a scan over steps. A step with a non-finite loss or gradient changes nothing."""
-        optimizer = self.optimizer(stage)
-        loss_fn = self._stage_loss(stage)
+        """Jitted: one epoch as a scan over steps."""
+        step_fn = self.functions.step(stage, self.optimizer(stage))
 
         def step(carry: Any, inputs: Any, dense: Params, streams: Any) -> Any:
-            params, optimizer_state, healthy = carry
             ids, scalar, progress = inputs
             quantized, target, window = streams
             batch = (constrain_batch(quantized[ids]), constrain_batch(target[window[ids]]))
-            loss, grads = jax.value_and_grad(loss_fn)(params, dense, batch, scalar, progress)
-            params, optimizer_state, finite = guarded_update(optimizer, loss, grads, params, optimizer_state)
-            return (params, optimizer_state, healthy & finite), None
+            return step_fn(carry, dense, batch, scalar, progress), None
 
         def epoch(params: Params, optimizer_state: Any, dense: Params, streams: Any, plan: Any) -> Any:
             carry = (params, optimizer_state, jnp.array(True))
@@ -319,60 +323,19 @@ class BlockTrainer:
             out_shardings=(params, state, whole),
         )
 
-    def _stage_loss(self, stage: Stage) -> Callable[..., Array]:
-        """The loss of one step as a function of the block's parameters."""
-        cal = self.calibration
-        nested = stage.routing in ("first_slice", "uniform")
-        linear = NestedLinear if nested else RoutedLinear
-        block = Block(self.config, linear=partial(linear, elastic=self.elastic), dtype=self.dtype)
-        dense_block = Block(self.config, dtype=self.dtype)
-
-        def control(scalar: Array) -> Any:
-            if nested:
-                return UniformWidth(width=scalar.astype(jnp.int32))
-            if stage.routing == "penalty":
-                return FixedThreshold(threshold=jnp.zeros(()), temperature=cal.temperature)
-            return BatchBudget(bits=scalar, temperature=cal.temperature)
-
-        def loss(params: Params, dense: Params, batch: Any, scalar: Array, progress: Array) -> Array:
-            x, target = batch
-            (y, _), state = block.apply({"params": params}, x, _positions(x), None, control(scalar), mutable=["stats"])
-            total = objective(sample_error(y, target, cal.loss), cal.loss)
-            if cal.propagated_weight:
-                follow, _ = dense_block.apply({"params": dense}, x, _positions(x))
-                total += cal.propagated_weight * objective(sample_error(y, follow, cal.loss), cal.loss)
-            if stage.routing == "penalty":
-                used = jnp.mean(average_bits(self.config, state["stats"]))
-                total += budget_penalty(used, scheduled_budget(progress, scalar), cal.penalty)
-            return total
-
-        return loss
-
     def _evaluate(self, params: Params, streams: Any) -> tuple[float, float]:
         """Geometric mean over budgets of the block error, and the average bits used, on one window a budget."""
-        errors, bits = jax.device_get(self._evaluate_fn(params, streams))
-        return float(np.exp(np.mean(np.log(np.maximum(errors, 1e-20))))), float(np.mean(bits))
+        return mean_over_budgets(*jax.device_get(self._evaluate_fn(params, streams)))
 
     @cached_property
     def _evaluate_fn(self) -> Callable[..., Any]:
-        block = Block(self.config, linear=partial(RoutedLinear, elastic=self.elastic), dtype=self.dtype)
-        # A gather of one row: a slice at a position that is not constant would have the whole stream on every device.
-        ids = np.arange(len(self.samples.budgets))[:, None] * self.samples.per_budget
-
         def one(step: Any, params: Params, streams: Any) -> tuple[Array, Array]:
             sample, budget = step
             quantized, target, window = streams
-            x = quantized[sample]  # [1, T, D]
-            (y, _), state = block.apply(
-                {"params": params}, x, _positions(x), None, BatchBudget(bits=budget), mutable=["stats"]
-            )
-            error = sample_error(y, target[window[sample]], self.calibration.loss)[0]
-            return error, jnp.mean(average_bits(self.config, state["stats"]))
-
-        budgets = np.asarray(self.samples.budgets, np.float32)
+            return self.functions.error(params, quantized[sample], target[window[sample]], budget)
 
         def every(params: Params, streams: Any) -> tuple[Array, Array]:
-            return jax.lax.map(partial(one, params=params, streams=streams), (ids, budgets))
+            return jax.lax.map(partial(one, params=params, streams=streams), self._evaluated)
 
         return jax.jit(
             every,
@@ -380,6 +343,18 @@ class BlockTrainer:
             out_shardings=self.placement.replicated,
         )
 
+    @property
+    def _evaluated(self) -> tuple[Int[np.ndarray, "budgets 1"], Float[np.ndarray, " budgets"]]:
+        """The sample of each budget that is evaluated, and the budget.
 
-def _positions(x: Float[Array, "B T D"]) -> Int[Array, "B T"]:
-    return jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
+        Lists of one sample: a slice at a position that is not constant would have the whole stream on every device.
+        """
+        ids = np.arange(len(self.samples.budgets))[:, None] * self.samples.per_budget
+        return ids, np.asarray(self.samples.budgets, np.float32)
+
+
+def mean_over_budgets(
+    errors: Float[np.ndarray, " budgets"], bits: Float[np.ndarray, " budgets"]
+) -> tuple[float, float]:
+    """The geometric mean of the errors and the mean of the bits."""
+    return float(np.exp(np.mean(np.log(np.maximum(errors, 1e-20))))), float(np.mean(bits))

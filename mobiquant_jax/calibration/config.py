@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 RECIPES = ("elastic", "paper")
+STREAMS = ("device", "host")
 LOSSES = ("mse", "relative", "log_relative")
 
 Routing = Literal["first_slice", "uniform", "quantile", "penalty"]
@@ -41,8 +42,13 @@ class CalibrationConfig:
         end_generated_share: share of them in each epoch's windows.
         end_save_seconds: its state is saved after the first epoch that ends so long after the last save, since saving
             may take longer than an epoch: a kill costs this and an epoch.
+        fit_epochs: epochs of fitting the routers to what their slices gain, once the weights are final.
+        fit_lr: peak learning rate of the routers in it.
         temperature: of the gates' surrogate gradient.
         dtype: type of the matmuls in training, ``"float32"`` or ``"bfloat16"``; parameters and errors are float32.
+        streams: where the activations of all windows are kept: ``"device"``, split over the devices' memory, or
+            ``"host"``, whole in each process's, from where a batch at a time goes to the devices. The steps are the
+            same; compiled one by one, they may round differently.
         penalty: lambda of the recipe "paper", ``lambda (B - B*(t))^2``.
         threshold_windows: calibration windows on which thresholds are recorded.
         threshold_scope: ``"linear"``, every linear meets the budget; ``"global"``, one threshold for all.
@@ -72,8 +78,11 @@ class CalibrationConfig:
     end_generated_windows: int = 0
     end_generated_share: float = 0.67
     end_save_seconds: float = 120.0
+    fit_epochs: int = 0
+    fit_lr: float = 3e-3
     temperature: float = 1.0
     dtype: str = "float32"
+    streams: str = "device"
     penalty: float = 1.0
     threshold_windows: int = 16
     threshold_scope: str = "linear"
@@ -83,6 +92,7 @@ class CalibrationConfig:
         """Checks every field that can be checked without a model."""
         _one_of("calibration.recipe", self.recipe, RECIPES)
         _one_of("calibration.loss", self.loss, LOSSES)
+        _one_of("calibration.streams", self.streams, STREAMS)
         _one_of("calibration.dtype", self.dtype, ("float32", "bfloat16"))
         _one_of("calibration.threshold_scope", self.threshold_scope, ("linear", "global"))
         levels = len(self.budgets)
@@ -205,6 +215,8 @@ _NOT_NEGATIVE = (
     "end_weight_lr",
     "end_clipping_lr",
     "end_router_lr",
+    "fit_epochs",
+    "fit_lr",
     "penalty",
     "seed",
 )

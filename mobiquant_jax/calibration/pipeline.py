@@ -1,8 +1,8 @@
 """Calibration of a whole model, block by block, over a full-precision and a quantized activation stream.
 
 All of it lies on one mesh. The streams are split over its batch axes: a device, and so a process, holds and computes
-its own windows. In the devices' memory are both streams, one block and its optimizer, and the next block's weights,
-which are read while this one trains.
+its own windows. In the devices' memory are one block and its optimizer, the next block's weights, which are read while
+this one trains, and both streams or, where ``calibration.streams`` keeps those on the host, two batches of them.
 
 Order on ``resume``: the folder's blocks are read instead of trained, all but those that are damaged; streams are
 recomputed through them, so a resumed run continues with the very numbers of an uninterrupted one.
@@ -20,13 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Int
 
 from mobiquant_jax import distributed
-from mobiquant_jax.calibration.block import BlockReport, BlockTrainer
+from mobiquant_jax.calibration.block import BlockReport, BlockTrainer, Stream
 from mobiquant_jax.calibration.config import CalibrationConfig
 from mobiquant_jax.calibration.end_to_end import EndToEndTrainer
 from mobiquant_jax.calibration.generated import write_windows
+from mobiquant_jax.calibration.host_block import HostBlockTrainer
 from mobiquant_jax.calibration.linears import Params
 from mobiquant_jax.calibration.read_ahead import read_ahead
 from mobiquant_jax.calibration.run_dir import RunDir
@@ -35,7 +36,7 @@ from mobiquant_jax.calibration.stacking import stack_blocks
 from mobiquant_jax.calibration.thresholds import record_thresholds
 from mobiquant_jax.io import layer
 from mobiquant_jax.io.checkpoint import DamagedTree, load_tree, save_tree
-from mobiquant_jax.models import Llama, LlamaConfig
+from mobiquant_jax.models import LlamaConfig
 from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel, Variables
 from mobiquant_jax.sharding import Placement, one_device
 
@@ -63,6 +64,9 @@ class Observer(Protocol):
 
     def on_budget(self, bits: float) -> None:
         """The thresholds for these average bits are recorded."""
+
+
+_TRAINERS = {"device": BlockTrainer, "host": HostBlockTrainer}  # by where the streams are kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +117,7 @@ class Calibrator:
         self.elastic.check_model(self.config)
         self.placement.check(**cal.batches)
         with jax.set_mesh(self.mesh):
-            trainer = BlockTrainer(
+            trainer = _TRAINERS[cal.streams](
                 config=self.config,
                 elastic=self.elastic,
                 calibration=cal,
@@ -133,8 +137,10 @@ class Calibrator:
         """Brings the run's folder to hold every block."""
         done = self._finished_blocks()
         self.observer.on_start(self.config.num_hidden_layers, done)
-        full = self._embed(params, windows)
-        quantized = self._embed(params, windows[trainer.samples.window])
+        embedder = self.placement.put({"embedder": params["embedder"]})
+        full = trainer.embed(embedder, windows)
+        quantized = trainer.embed(embedder, windows[trainer.samples.window])
+        del embedder
 
         def read(index: int) -> Params:
             return self.placement.put(jax.tree.map(lambda leaf: layer(leaf, index), params["layers"]))
@@ -146,12 +152,6 @@ class Calibrator:
                 trained = self._train_block(trainer, dense, quantized, target, index)
             quantized = trainer.packed_block(trainer.pack(trained), quantized)
             full = target
-
-    def _embed(self, params: Params, windows: Int[np.ndarray, "N T"]) -> Float[Array, "N T D"]:
-        embedder = self.placement.put({"embedder": params["embedder"]})
-        stream = self.placement.batched((*windows.shape, self.config.hidden_size))
-        embed = jax.jit(lambda p, tokens: Llama(self.config).apply(p, tokens, method="embed"), out_shardings=stream)
-        return embed({"params": embedder}, self.placement.put_batch(windows))
 
     def _finished_blocks(self) -> int:
         """How many blocks from the first one on are on disk; orbax renames a block into place when it is complete."""
@@ -171,7 +171,9 @@ class Calibrator:
             self.run.remove(path)
             return None
 
-    def _train_block(self, trainer: BlockTrainer, dense: Params, quantized: Array, target: Array, index: int) -> Params:
+    def _train_block(
+        self, trainer: BlockTrainer, dense: Params, quantized: Stream, target: Stream, index: int
+    ) -> Params:
         start = time.perf_counter()
 
         def on_epoch(stage: str, epoch: int, epochs: int, error: float) -> None:

@@ -8,6 +8,7 @@ generated.npy  windows that the unquantized model wrote, where the recipe wants 
 blocks/NNN/    each finished block, until the checkpoint is complete
 tuned/NNN/     the last saved state of end-to-end tuning, until then too
 metrics.jsonl  a line a block, and an epoch of end-to-end tuning, with process 0's peak memory so far
+events/        the same for TensorBoard, where it was asked for
 profile/       the trace of a block, where one was asked for
 checkpoint/    the elastic checkpoint
 """
@@ -15,7 +16,7 @@ checkpoint/    the elastic checkpoint
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import numpy as np
 from jaxtyping import Int
 
 from mobiquant_jax import distributed
+from mobiquant_jax.calibration.event_file import EventFile, check_installed
 from mobiquant_jax.files import read_json_object
 from mobiquant_jax.provenance import peak_memory
 
@@ -35,9 +37,11 @@ class RunDir:
 
     Attributes:
         path: the folder.
+        events: gets the metrics too, or None.
     """
 
     path: Path
+    events: EventFile | None = field(default=None, compare=False)
 
     @property
     def checkpoint(self) -> Path:
@@ -90,14 +94,22 @@ class RunDir:
             shutil.rmtree(folder, ignore_errors=True)
 
     def log(self, record: dict[str, Any]) -> None:
-        """Appends a line to ``metrics.jsonl``, with the peak memory so far; process 0 does."""
+        """Appends a line to ``metrics.jsonl``, and to the event file if there is one; process 0 does.
+
+        Its own peak memory so far is added.
+        """
         if not distributed.is_main():
             return
+        record = record | peak_memory()
         with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(record | peak_memory()) + "\n")
+            file.write(json.dumps(record) + "\n")
+        if self.events is not None:
+            self.events.write(record)
 
 
-def open_run(path: str | Path, record: dict[str, Any], *, resume: bool, overwrite: bool) -> RunDir:
+def open_run(
+    path: str | Path, record: dict[str, Any], *, resume: bool, overwrite: bool, tensorboard: bool = False
+) -> RunDir:
     """Opens the folder of a new run, or of one to be continued; several processes call it together.
 
     Args:
@@ -105,14 +117,18 @@ def open_run(path: str | Path, record: dict[str, Any], *, resume: bool, overwrit
         record: content of ``run.json``; its ``config``, ``model`` and ``data`` identify the run.
         resume: continue the run that is there, if any.
         overwrite: delete the run that is there, if any.
+        tensorboard: write the metrics to an event file as well.
 
     Raises:
-        ValueError: no path; both flags; a file, or a folder that holds something else; a run in the way without a flag;
-            a damaged ``run.json``; a run of another config, model or data, naming what differs.
+        ValueError: no path; both flags; no package that writes event files; a file, or a folder that holds something
+            else; a run in the way without a flag; a damaged ``run.json``; a run of another config, model or data,
+            naming what differs.
         OSError: the folder cannot be made; nothing is left behind. Any failure, where this is not process 0.
     """
+    if tensorboard:
+        check_installed()
     distributed.on_main(f"opening '{path}'", lambda: _open(path, record, resume=resume, overwrite=overwrite))
-    return RunDir(path=Path(path))
+    return RunDir(path=Path(path), events=EventFile(Path(path) / "events") if tensorboard else None)
 
 
 def _open(path: str | Path, record: dict[str, Any], *, resume: bool, overwrite: bool) -> None:

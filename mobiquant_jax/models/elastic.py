@@ -106,7 +106,7 @@ class ElasticLinear(nn.Module):
         table = self.variable("routing", "thresholds", jnp.zeros, len(cfg.budget_grid)).value
         inputs = RoutingInputs(
             x=x,
-            scores=score(router, x),
+            scores=score(router, jax.lax.stop_gradient(x)),  # how a router sees its input is no part of the model
             slice_bits=cfg.slice_bits,
             table=table,
             grid=cfg.budget_grid,
@@ -115,11 +115,22 @@ class ElasticLinear(nn.Module):
         masks = control.masks(inputs)
         self.sow("scores", "scores", inputs.scores)
         self.sow("stats", "bits", mask_bits(masks, cfg.slice_bits))
+        return self.multiply(x.astype(self.dtype), weight, masks, inputs.scores)
+
+    def multiply(
+        self,
+        x: Float[Array, "B T in"],
+        weight: SlicedWeight,
+        masks: Float[Array, "B T E-1"],
+        scores: Float[Array, "B T E-1"],
+    ) -> Float[Array, "B T out"]:
+        """The product at the depths that were chosen; ``scores`` are for those who train routers."""
+        del scores
         matmul = sliced_matmul
         if self.placement is not None:
             assert self.name is not None, "a block names its linears"
             matmul = self.placement.matmul(self.name, sliced_matmul)
-        return matmul(x.astype(self.dtype), weight, mask_depth(masks)).astype(self.dtype)
+        return matmul(x, weight, mask_depth(masks)).astype(self.dtype)
 
 
 def _empty_slices(in_features: int, features: int, cfg: ElasticConfig) -> SlicedWeight:

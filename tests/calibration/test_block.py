@@ -231,7 +231,7 @@ def test_the_loss_of_every_stage(make_trainer, recipe, inputs, dense, runtime, r
     if routing == "penalty":
         want += penalty * (bits.mean() - (8 + (scalar - 8) * progress / 0.8)) ** 2
     stage = Stage(name="", epochs=1, routing=routing, weight_lr=0.0, clipping_lr=0.0, router_lr=0.0)
-    step_loss = jax.jit(trainer._stage_loss(stage))
+    step_loss = jax.jit(trainer.functions.loss(stage))
     got = step_loss(params, dense, (x, target), jnp.float32(scalar), jnp.float32(progress))
     assert got == pytest.approx(want, rel=2e-3)
 

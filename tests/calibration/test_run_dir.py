@@ -1,6 +1,8 @@
 """The folder of a run: made whole or not at all, continued only as what it is."""
 
+import importlib.util
 import json
+import struct
 from pathlib import Path
 
 import pytest
@@ -138,6 +140,35 @@ def test_unfinished_epochs_do_not_count_and_all_of_it_is_removed_at_the_end(tmp_
     peaks = [(row := json.loads(line)).pop("peak_gb") for line in lines]
     assert [json.loads(line)["block"] for line in lines] == [0, 1] and row == {"block": 1, "peak_device_gb": None}
     assert 0.05 < peaks[0] <= peaks[1]
+
+
+def test_an_event_file_holds_the_numbers_of_the_metrics(tmp_path):
+    pytest.importorskip("tensorboardX")
+    from tensorboardX.proto.event_pb2 import Event
+
+    run = open_run(tmp_path / "run", RECORD, resume=False, overwrite=False, tensorboard=True)
+    assert not (run.path / "events").exists()
+    run.log({"block": 3, "before": 0.25, "note": "as told"})
+    run.log({"epoch": 1, "divergence": 0.5, "healthy": True})
+    run.events.close()
+    assert len((run.path / "metrics.jsonl").read_text().splitlines()) == 2
+    (file,) = (run.path / "events").iterdir()
+    content, found = file.read_bytes(), []
+    while content:  # records: length, its checksum, the message, its checksum
+        (length,) = struct.unpack("<Q", content[:8])
+        event = Event.FromString(content[12 : 12 + length])
+        found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+        content = content[12 + length + 4 :]
+    peaks = [found.pop(4), found.pop(1)]
+    assert found == [("block/before", 3, 0.25), ("epoch/divergence", 1, 0.5), ("epoch/healthy", 1, 1.0)]
+    assert [peak[:2] for peak in peaks] == [("epoch/peak_gb", 1), ("block/peak_gb", 3)]
+
+
+def test_an_event_file_without_the_package_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"^--tensorboard needs tensorboardX: pip install 'mobiquant_jax\[tensorboard"):
+        open_run(tmp_path / "run", RECORD, resume=False, overwrite=False, tensorboard=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_paths():

@@ -1,0 +1,92 @@
+"""What reading a slice gains a token: the target that routers are fitted to.
+
+An error e in a linear's output at one token adds to the expected loss, to second order,
+
+    E[loss(y + e)] - loss(y) = 1/2 E[(g . e)^2]
+
+with g the gradient at y of a loss whose labels are drawn from the model itself: E[g g^T] is then the Fisher information.
+Slice e of the weights, ``R_e = W_e - W_{e-1}``, takes away an error ``x R_e``, which costs b_e bits for each of the
+linear's weights. So what a token gains for the price is
+
+    gain_e = (g . x R_e)^2 / (2 b_e size)
+
+and the expected loss is least, at equal average bits, where all slices are read whose expected gain exceeds one price
+for all tokens of all linears: a global threshold (Lagrange multiplier) on the logarithm of the expected gain.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mobiquant_jax.models.elastic import ElasticLinear
+from mobiquant_jax.ops import sliced_matmul
+from mobiquant_jax.quant import SlicedWeight
+from mobiquant_jax.routing import mask_depth
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def scored_matmul(
+    x: Float[Array, "B T in"],
+    weight: SlicedWeight,
+    masks: Float[Array, "B T E-1"],
+    scores: Float[Array, "B T E-1"],
+    prices: tuple[float, ...],
+) -> Float[Array, "B T out"]:
+    """``y[t] = x[t] @ W_{depth[t]}``, whose backward pass gives the scores the gradient of their own likelihood.
+
+    Were a gain exponentially distributed with mean ``exp(S)``, its negative log-likelihood would be
+    ``S + gain exp(-S)``. Its expectation is least at ``S = log E[gain]`` whatever the true distribution, so
+
+        d/dS = 1 - gain exp(-S)
+
+    is the cotangent of the scores, and routers learn from nothing but the backward pass of the model's loss. The
+    input gets the true gradient of the product; the weight gets none.
+
+    Args:
+        x: inputs.
+        weight: the sliced kernel.
+        masks: of slices 2..E, prefixes of ones.
+        scores: of slices 2..E; the product does not depend on them.
+        prices: what slices 2..E cost.
+    """
+    del scores, prices
+    return sliced_matmul(x, weight, mask_depth(masks), dtype=x.dtype)
+
+
+def _forward(x: Array, weight: SlicedWeight, masks: Array, scores: Array, prices: tuple[float, ...]) -> Any:
+    return scored_matmul(x, weight, masks, scores, prices), (x, weight, masks, scores)
+
+
+def _backward(prices: tuple[float, ...], saved: Any, g: Float[Array, "B T out"]) -> Any:
+    x, weight, masks, scores = saved
+    reads = jnp.stack([weight.dequantize(k) for k in range(1, len(weight.planes) + 1)])
+    residuals = jnp.diff(reads, axis=0, prepend=0.0)  # [E, in, out]
+    back = jnp.einsum("bto,eio->btei", g, residuals.astype(g.dtype), preferred_element_type=jnp.float32)
+    removed = jnp.einsum("btei,bti->bte", back[:, :, 1:], x.astype(jnp.float32))  # g . x R_e = x . (R_e g)
+    gains = removed**2 / (2 * jnp.asarray(prices))
+    to_x = back[:, :, 0] + jnp.einsum("btei,bte->bti", back[:, :, 1:], masks)
+    return to_x.astype(x.dtype), None, None, 1 - gains * jnp.exp(-scores)
+
+
+scored_matmul.defvjp(_forward, _backward)
+
+
+class GainLinear(ElasticLinear):
+    """An `ElasticLinear` whose router, in the backward pass, is fitted to what its slices gain.
+
+    Attributes:
+        mean_size: parameters of the model's average linear, the unit of prices: scores then compare linears.
+    """
+
+    mean_size: float = 1.0
+
+    def multiply(
+        self, x: Float[Array, "B T in"], weight: SlicedWeight, masks: Float[Array, "B T E-1"], scores: Array
+    ) -> Float[Array, "B T out"]:
+        """See `ElasticLinear`."""
+        size = x.shape[-1] * self.features / self.mean_size
+        prices = tuple(bits * size for bits in self.elastic.slice_bits[1:])
+        return scored_matmul(x, weight, jax.lax.stop_gradient(masks), scores, prices)

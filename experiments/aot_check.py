@@ -14,11 +14,22 @@ from typing import Any
 
 import jax
 from absl import flags
+from jax.sharding import Mesh
 
-from mobiquant_jax.aot import CHIPS, GIB, calibration_program, compile_for, render_table, serving_programs, tpu_mesh
+from mobiquant_jax.aot import (
+    CHIPS,
+    GIB,
+    DoesNotFit,
+    Program,
+    calibration_program,
+    compile_for,
+    render_table,
+    serving_programs,
+    tpu_mesh,
+)
 from mobiquant_jax.config_flags import define_config, run
 from mobiquant_jax.experiment import load_architecture, load_calibration, load_elastic
-from mobiquant_jax.files import read_json, save_json
+from mobiquant_jax.files import RecordFile
 from mobiquant_jax.provenance import provenance
 
 CONFIG = define_config()
@@ -27,20 +38,22 @@ TP = flags.DEFINE_integer("tp", 1, "chips that share each head and feed-forward 
 FSDP = flags.DEFINE_integer("fsdp", 1, "chips that share the parameters otherwise (mesh axis fsdp)")
 BATCH = flags.DEFINE_integer("batch", 8, "sequences of prefill and decoding")
 CONTEXT = flags.DEFINE_integer("context", 2048, "tokens of each sequence")
-_KEY = ("model", "topology", "mesh")  # a record supersedes the one with the same
+_KEY = ("model", "topology", "mesh")
 PROGRAMS = ("calibration", "prefill", "decode")
 ONLY = flags.DEFINE_list("programs", list(PROGRAMS), "which to compile")
 OUTPUT = flags.DEFINE_string("output", None, "JSON file whose record of this model, topology and mesh is replaced")
 
 
 def main(_: list[str]) -> None:
-    """Compiles, prints a line a program, and records."""
+    """Compiles, prints a line a program, and records; those that do not fit are recorded too, and fail at the end."""
     jax.config.update("jax_platforms", "cpu")
     if TOPOLOGY.value is None:
         raise ValueError("--topology=KIND:SHAPE is required, e.g. --topology=v5e:2x4")
     if unknown := set(ONLY.value) - set(PROGRAMS):
         raise ValueError(f"--programs: {sorted(unknown)[0]!r} is none of {', '.join(PROGRAMS)}")
-    records = _read_records(Path(OUTPUT.value)) if OUTPUT.value else []
+    output = RecordFile(path=Path(OUTPUT.value), name="compiled", key=_KEY) if OUTPUT.value else None
+    if output:
+        output.read()  # a mistaken file is found before minutes of compilation, not after
     config = CONFIG.value
     architecture = load_architecture(config)
     elastic = load_elastic(config)
@@ -53,19 +66,7 @@ def main(_: list[str]) -> None:
     ]
     name = Path(config.run_dir).name
     print(f"{name} on {mesh.size} chips of {TOPOLOGY.value}: " + ", ".join(f"{a}={n}" for a, n in mesh.shape.items()))
-    footprints = []
-    for program in programs:
-        if program.name not in ONLY.value:
-            continue
-        found = compile_for(program, mesh, chip.memory)
-        footprints.append(found)
-        print(
-            f"{found.program:12s} {found.memory / GIB:6.2f} of {chip.memory / GIB:.0f} GiB a chip, "
-            f"{found.flops / 1e12:8.3f} TFLOP, {found.bytes_accessed / 1e9:8.2f} GB moved, "
-            f"compiled in {found.seconds:.1f} s",
-            flush=True,
-        )
-    record = {
+    record: dict[str, Any] = {
         "model": name,
         "topology": TOPOLOGY.value,
         "mesh": list(mesh.shape.values()),
@@ -73,30 +74,37 @@ def main(_: list[str]) -> None:
         "batch": BATCH.value,
         "context": CONTEXT.value,
         "calibration_batch": calibration.batch_size,
-        "programs": [dataclasses.asdict(found) for found in footprints],
+        "programs": [],
         "provenance": {**provenance(), "libtpu": importlib.metadata.version("libtpu")},
     }
-    if OUTPUT.value:
-        save_json(OUTPUT.value, _replace(records, record))
+    refused = []
+    for program in programs:
+        if program.name not in ONLY.value:
+            continue
+        try:
+            record["programs"].append(_compile(program, mesh, chip.memory))
+        except DoesNotFit as error:
+            print(error, flush=True)
+            refused.append(str(error))
+            needs = {"program": program.name, "memory": error.needed}
+            record["programs"].append(needs | dict.fromkeys(("flops", "bytes_accessed", "seconds")))
+        if output:  # each program is kept once it is known
+            output.save(record)
     print(render_table([record]))
+    if refused:
+        raise ValueError("; ".join(refused))
 
 
-def _read_records(path: Path) -> list[dict[str, Any]]:
-    """What earlier calls recorded; read before minutes of compilation, not after."""
-    records = read_json(path) if path.is_file() else []
-    if not isinstance(records, list) or not all(isinstance(r, dict) and r.keys() >= set(_KEY) for r in records):
-        raise ValueError(f"--output: '{path}' holds no list of aot_check's records")
-    return records
-
-
-def _replace(records: list[dict[str, Any]], record: dict[str, Any]) -> list[dict[str, Any]]:
-    """Puts a record in the place of the one it supersedes, or at the end."""
-
-    def key(entry: dict[str, Any]) -> Any:
-        return [entry[name] for name in _KEY]
-
-    kept = [record if key(entry) == key(record) else entry for entry in records]
-    return kept if record in kept else [*kept, record]
+def _compile(program: Program, mesh: Mesh, memory: int) -> dict[str, Any]:
+    """Compiles a program and prints a line."""
+    found = compile_for(program, mesh, memory)
+    print(
+        f"{found.program:12s} {found.memory / GIB:6.2f} of {memory / GIB:.0f} GiB a chip, "
+        f"{found.flops / 1e12:8.3f} TFLOP, {found.bytes_accessed / 1e9:8.2f} GB moved, "
+        f"compiled in {found.seconds:.1f} s",
+        flush=True,
+    )
+    return dataclasses.asdict(found)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ from mobiquant_jax.files import save_json
 from mobiquant_jax.io.checkpoint import is_checkpoint, load_checkpoint, save_checkpoint
 from mobiquant_jax.io.tokenizer import Tokenizer
 from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel
-from mobiquant_jax.provenance import fingerprint, peak_host_bytes, provenance
+from mobiquant_jax.provenance import fingerprint, job_peak_memory, provenance
 from mobiquant_jax.serving import SamplingConfig, generate
 
 CONFIG = define_config()
@@ -104,19 +104,24 @@ def main(_: list[str]) -> None:
     print(f"measuring on {heldout.size} held-out tokens", flush=True)
     with jax.set_mesh(mesh):
         results = _show(model, dense, heldout, config, run_dir)
-    seconds, peak = time.perf_counter() - start, round(peak_host_bytes() / 1e9, 2)
+    seconds, peaks = time.perf_counter() - start, job_peak_memory()
     result = {
         "provenance": record["provenance"],
+        "mesh": record["mesh"],
+        "processes": jax.process_count(),
         # A resumed run's seconds are not all of them.
         "seconds": None if RESUME.value else round(seconds, 1),
         "calibration_seconds": None if RESUME.value else round(calibrated - start, 1),
-        "peak_gb": peak,
+        **peaks,
         "curve": curve_rows(results),
     }
     if distributed.is_main():
         save_json(run_dir.path / "result.json", result)
     distributed.barrier("end")  # a process that has ended waits only so long for the others
-    print(f"checkpoint: {run_dir.checkpoint}    total {seconds:.0f} s, {peak} GB")
+    device = "" if peaks["peak_device_gb"] is None else f", {peaks['peak_device_gb']:.2f} GB of a device"
+    print(
+        f"checkpoint: {run_dir.checkpoint}    total {seconds:.0f} s, {peaks['peak_gb']:.2f} GB of host memory{device}"
+    )
 
 
 def _check_evaluation(section: ConfigDict, elastic: ElasticConfig) -> None:

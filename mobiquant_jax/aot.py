@@ -24,6 +24,7 @@ from mobiquant_jax.calibration.samples import Samples
 from mobiquant_jax.io.checkpoint import abstract_variables
 from mobiquant_jax.models import KVCache, LlamaConfig
 from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel
+from mobiquant_jax.provenance import short_commit
 from mobiquant_jax.sharding import Placement, make_mesh
 
 GIB = 2**30
@@ -65,6 +66,18 @@ class Program:
     name: str
     function: jax.stages.Wrapped
     arguments: tuple[Any, ...]
+
+
+class DoesNotFit(ValueError):
+    """A program that needs more memory than a chip has.
+
+    Attributes:
+        needed: bytes, as the compiler counts them.
+    """
+
+    def __init__(self, message: str, needed: int) -> None:
+        super().__init__(message)
+        self.needed = needed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +191,7 @@ def compile_for(program: Program, mesh: Mesh, memory: int) -> Footprint:
         memory: bytes a chip has.
 
     Raises:
-        ValueError: the program needs more memory than a chip has.
+        DoesNotFit: the program needs more memory than a chip has.
     """
     start = time.perf_counter()
     with jax.set_mesh(mesh):
@@ -186,11 +199,12 @@ def compile_for(program: Program, mesh: Mesh, memory: int) -> Footprint:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm", str(error))
+        used = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+[KMGT]) hbm", str(error))
         if used is None:
             raise
-        raise ValueError(
-            f"{program.name} does not fit: it needs {used[1]}iB of a chip's {used[2]}iB that programs may use"
+        raise DoesNotFit(
+            f"{program.name} does not fit: it needs {used[1]}{used[2]}iB of a chip's {used[3]}iB that programs may use",
+            round(float(used[1]) * 2 ** (10 * (1 + "KMGT".index(used[2])))),
         ) from error
     stats, cost = compiled.memory_analysis(), compiled.cost_analysis()
     assert stats is not None and cost is not None, "the compilers of CPUs, GPUs and TPUs give both"
@@ -202,8 +216,9 @@ def compile_for(program: Program, mesh: Mesh, memory: int) -> Footprint:
         + stats.generated_code_size_in_bytes
     )
     if used_bytes > memory:
-        raise ValueError(
-            f"{program.name} does not fit: it needs {used_bytes / GIB:.1f} GiB of a chip's {memory / GIB:.0f} GiB"
+        raise DoesNotFit(
+            f"{program.name} does not fit: it needs {used_bytes / GIB:.1f} GiB of a chip's {memory / GIB:.0f} GiB",
+            used_bytes,
         )
     return Footprint(
         program=program.name,
@@ -215,16 +230,34 @@ def compile_for(program: Program, mesh: Mesh, memory: int) -> Footprint:
 
 
 def render_table(records: Sequence[dict[str, Any]]) -> str:
-    """The records of ``results/aot.json`` as a Markdown table, a row a program."""
+    """The records of ``results/aot.json`` as Markdown: a row a program, and a line on where they came from."""
     lines = [
         "| model | topology | data x fsdp x model | program | GiB a chip (has) | TFLOP a chip | GB moved a chip |",
         "|---|---|---|---|---|---|---|",
     ]
     for record in records:
+        head = f"| {record['model']} | {record['topology']} | {' x '.join(map(str, record['mesh']))}"
         for program in record["programs"]:
-            lines.append(
-                f"| {record['model']} | {record['topology']} | {' x '.join(map(str, record['mesh']))} "
-                f"| {program['program']} | {program['memory'] / GIB:.1f} ({record['chip_memory'] / GIB:.0f}) "
-                f"| {program['flops'] / 1e12:.3g} | {program['bytes_accessed'] / 1e9:.3g} |"
-            )
-    return "\n".join(lines)
+            name = f"{program['program']}, batch {_batch(record, program)}"
+            memory = f"{program['memory'] / GIB:.1f} ({record['chip_memory'] / GIB:.0f})"
+            if program["seconds"] is None:
+                lines.append(f"{head} | {name} | {memory}: does not fit | | |")
+                continue
+            flops, moved = program["flops"] / 1e12, program["bytes_accessed"] / 1e9
+            lines.append(f"{head} | {name} | {memory} | {flops:.3g} | {moved:.3g} |")
+    return "\n".join([*lines, "", *_origins(records)])
+
+
+def _batch(record: dict[str, Any], program: dict[str, Any]) -> int:
+    return record["calibration_batch"] if program["program"] == "calibration" else record["batch"]
+
+
+def _origins(records: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each commit and set of versions that records came from."""
+    origins = dict.fromkeys(
+        f"`experiments/aot_check.py` at {short_commit(record['provenance']['commit'])}: "
+        f"{record['context']} tokens a sequence; jax {record['provenance']['versions']['jax']}, "
+        f"libtpu {record['provenance']['libtpu']}."
+        for record in records
+    )
+    return list(origins)

@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +76,42 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"'{path}' holds no JSON object")
     return content
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordFile:
+    """A JSON file ``{name: [record, ...]}`` of measurements, each of which replaces the one with the same key.
+
+    Attributes:
+        path: the file.
+        name: what the records are called.
+        key: fields that tell one record from another.
+    """
+
+    path: Path
+    name: str
+    key: Sequence[str]
+
+    def read(self) -> list[dict[str, Any]]:
+        """The records so far; none where there is no file.
+
+        Raises:
+            ValueError: the file holds something else.
+        """
+        if not self.path.is_file():
+            return []
+        content = read_json(self.path)
+        records = content.get(self.name) if isinstance(content, dict) else None
+        if not isinstance(records, list) or not all(isinstance(r, dict) and r.keys() >= set(self.key) for r in records):
+            raise ValueError(f"'{self.path}' holds no list '{self.name}' of records")
+        return records
+
+    def save(self, record: dict[str, Any]) -> None:
+        """Puts a record in the place of the one it supersedes, or at the end."""
+
+        def key(entry: dict[str, Any]) -> list[Any]:
+            return [entry[name] for name in self.key]
+
+        records = self.read()
+        kept = [record if key(entry) == key(record) else entry for entry in records]
+        save_json(self.path, {self.name: kept if record in kept else [*kept, record]})

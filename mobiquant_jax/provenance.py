@@ -8,12 +8,14 @@ import resource
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from mobiquant_jax import distributed
 from mobiquant_jax.io.disk_leaf import DiskLeaf
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
@@ -38,10 +40,51 @@ def short_commit(commit: str | None) -> str:
     return (head[:7] if commit else head) + plus + state
 
 
+def origins(script: str, records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """A line under a table for each checkout and machine that its records come from.
+
+    Args:
+        script: what made them.
+        records: each with the ``provenance`` of its run.
+    """
+    lines = dict.fromkeys(
+        f"`{script}` at {short_commit(origin['commit'])}: {', '.join(origin['devices'])}, {origin['cores']} cores; "
+        f"jax {origin['versions']['jax']}."
+        for origin in (record["provenance"] for record in records)
+    )
+    return list(lines)
+
+
 def peak_host_bytes() -> int:
-    """Most memory that this process has held so far."""
+    """Most memory that this process has held so far, what it touched of mapped files included."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux: the mark of ``resource`` starts at that of the process which started this one
+        marks = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+        return 1024 * int(marks["VmHWM"].split()[0])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB
+
+
+def peak_device_bytes() -> int | None:
+    """Most bytes in use on one of this process's devices so far; None where the backend does not say, as on CPUs."""
+    marks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    return max((mark for mark in marks if mark is not None), default=None)
+
+
+def peak_memory() -> dict[str, float | None]:
+    """Peak memory of this process so far, in GB: ``peak_gb`` on the host, ``peak_device_gb`` on one of its devices."""
+    device = peak_device_bytes()
+    return {
+        "peak_gb": round(peak_host_bytes() / 1e9, 3),
+        "peak_device_gb": None if device is None else round(device / 1e9, 3),
+    }
+
+
+def job_peak_memory() -> dict[str, float | None]:
+    """`peak_memory` of the process with the most; all processes of a job call it together."""
+    own = peak_memory()
+    marks = distributed.fetch(np.array([[mark or 0.0 for mark in own.values()]], np.float32))  # [processes, 2]
+    return {name: round(float(mark), 3) or None for name, mark in zip(own, marks.max(axis=0), strict=True)}
 
 
 def fingerprint(tree: Any) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
@@ -90,7 +91,9 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, model: int = 1, devices: Any = N
     shape = (max(1, len(devices) // (fsdp * model)) if data == -1 else data, fsdp, model)
     if math.prod(shape) != len(devices):
         raise ValueError(f"a mesh of data x fsdp x model = {shape} does not use all {len(devices)} devices")
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    # Not jax.make_mesh: off v5e it refuses sizes that cut a TPU's physical axes, such as 8 x 8 of 4 x 4 x 4 chips.
+    arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def job_mesh(*, data: int, fsdp: int, model: int) -> Mesh:

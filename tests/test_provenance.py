@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mobiquant_jax import provenance as module
-from mobiquant_jax.provenance import fingerprint, provenance, short_commit
+from mobiquant_jax.provenance import fingerprint, peak_memory, provenance, short_commit
 
 
 def tree(**changes):
@@ -80,3 +80,33 @@ def test_a_missing_package_has_no_version(monkeypatch):
 )
 def test_a_shortened_commit_still_says_that_it_was_changed(commit, shown):
     assert short_commit(commit) == shown
+
+
+def test_peak_memory_is_of_this_process_and_does_not_fall():
+    """In a process of its own, started by one that holds more."""
+    code = """
+import numpy as np
+from mobiquant_jax.provenance import peak_host_bytes
+start = peak_host_bytes()
+ballast = np.ones(200_000_000, np.uint8)
+held = peak_host_bytes()
+del ballast
+print(start, held, peak_host_bytes())
+"""
+    ballast = np.ones(600_000_000, np.uint8)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    del ballast
+    start, held, left = map(int, found.stdout.split())
+    assert 20e6 < start < 600e6 and 190e6 < held - start < 250e6 and left > held - 1e6
+
+
+def test_peak_device_memory_is_the_fullest_devices(monkeypatch):
+    assert peak_memory()["peak_device_gb"] is None  # CPUs do not say
+
+    class Device:
+        def __init__(self, stats):
+            self.memory_stats = lambda: stats
+
+    devices = [Device({"peak_bytes_in_use": peak}) for peak in (2_000_000_000, 3_141_592_653)]
+    monkeypatch.setattr(module.jax, "local_devices", lambda: [*devices, Device(None)])
+    assert peak_memory()["peak_device_gb"] == 3.142

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-import jax
 from jax.stages import Compiled
 
 from mobiquant_jax.models.kv_cache import KVCache
+from mobiquant_jax.provenance import peak_device_bytes
 from mobiquant_jax.serving import PackedModel, device_bytes
 
 
@@ -46,8 +46,8 @@ def bytes_needed(model: PackedModel, cache: KVCache, bits: float) -> float:
 
 def peak_memory() -> float | None:
     """Most bytes in use on the device so far, in GB; None where the backend does not say."""
-    stats = jax.devices()[0].memory_stats() or {}
-    return stats["peak_bytes_in_use"] / 1e9 if "peak_bytes_in_use" in stats else None
+    peak = peak_device_bytes()
+    return None if peak is None else peak / 1e9
 
 
 def _head(model: PackedModel) -> int:

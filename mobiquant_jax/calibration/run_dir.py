@@ -8,7 +8,7 @@ generated.npy  windows that the unquantized model wrote, where the recipe wants 
 blocks/NNN/    each finished block, until the checkpoint is complete
 tuning/NNN/    the last saved state of end-to-end tuning, until then too
 router/NNN/    that of fitting the routers
-metrics.jsonl  a line a block, then one an epoch of end-to-end tuning
+metrics.jsonl  a line a block, then one an epoch of the stages after them, with process 0's peak memory so far
 events/        the same for TensorBoard, where it was asked for
 profile/       the trace of a block, where one was asked for
 checkpoint/    the elastic checkpoint
@@ -27,6 +27,7 @@ from jaxtyping import Int
 from mobiquant_jax import distributed
 from mobiquant_jax.calibration.event_file import EventFile, check_installed
 from mobiquant_jax.files import read_json_object
+from mobiquant_jax.provenance import peak_memory
 
 STAGES = (TUNING, ROUTER) = ("tuning", "router")
 """What follows the blocks, over the whole model; folders of their states."""
@@ -98,9 +99,13 @@ class RunDir:
             shutil.rmtree(folder, ignore_errors=True)
 
     def log(self, record: dict[str, Any]) -> None:
-        """Appends a line to ``metrics.jsonl``, and to the event file if there is one; process 0 does."""
+        """Appends a line to ``metrics.jsonl``, and to the event file if there is one; process 0 does.
+
+        Its own peak memory so far is added.
+        """
         if not distributed.is_main():
             return
+        record = record | peak_memory()
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
         if self.events is not None:

@@ -37,6 +37,7 @@ MANIFEST = "mobiquant.json"
 VARIABLES = "variables"
 INVENTORY = "files.json"  # in each saved tree: the size and the CRC-32 of every file
 _CHUNK_BYTES = 2**20  # smaller layers share a chunk
+_MATRIX_CHUNK_BYTES = 2**26  # of the embedding and the head
 _READ_BYTES = 2**24
 
 
@@ -128,7 +129,9 @@ def _one_replica() -> Any:
 
 
 def _by_layer(leaf: Any) -> ocp.SaveArgs:
-    """Large stacks are stored in chunks of one layer, so that an export reads one at a time."""
+    """Large stacks are stored in chunks of one layer, large matrices in parts: an export reads one at a time."""
+    if leaf.ndim == 2 and leaf.nbytes > _MATRIX_CHUNK_BYTES:
+        return ocp.SaveArgs(chunk_byte_size=_MATRIX_CHUNK_BYTES)
     layer_bytes = leaf.nbytes // max(1, leaf.shape[0]) if leaf.ndim > 2 else 0
     return ocp.SaveArgs(chunk_byte_size=layer_bytes, shard_axes=(0,)) if layer_bytes >= _CHUNK_BYTES else ocp.SaveArgs()
 

@@ -75,7 +75,10 @@ def open_dequantized(path: str | Path, width: int) -> tuple[LlamaConfig, Params,
 
 
 def _reader(folder: Path) -> Callable[..., Any]:
-    """``read(names, *index)``: a part of one array of an orbax tree, straight from its TensorStore."""
+    """``read(names, *index)``: a part of one array of an orbax tree, straight from its TensorStore.
+
+    It comes chunk by chunk, since TensorStore may hold all the chunks of a read beside its result.
+    """
 
     @cache
     def opened(name: str) -> Any:
@@ -85,7 +88,13 @@ def _reader(folder: Path) -> Callable[..., Any]:
     def read(names: tuple[str, ...], *index: int) -> Any:
         name = ".".join(names)
         try:
-            return opened(name)[index or ...].read().result()
+            store = opened(name)[index or ...]
+            array = np.empty(store.shape, store.dtype.numpy_dtype)
+            chunk = store.chunk_layout.read_chunk.shape or ()  # None of a scalar
+            for corner in np.ndindex(*(-(-size // step) for size, step in zip(store.shape, chunk, strict=True))):
+                part = tuple(slice(at * step, (at + 1) * step) for at, step in zip(corner, chunk, strict=True))
+                array[part] = store[part or ...].read().result()
+            return array
         except Exception as error:  # TensorStore raises many types for damaged trees
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"'{folder}' cannot be read: array '{name}': {reason}") from error

@@ -14,6 +14,7 @@ from mobiquant_jax.models.config import LlamaConfig, RopeScaling
 from mobiquant_jax.models.rope import inverse_frequencies
 
 _ROPE_FACTORS = "rope_freqs.weight"
+_CHUNK_BYTES = 2**24  # of a tensor that is dequantized at once
 
 
 class GGUFFile:
@@ -44,14 +45,27 @@ class GGUFFile:
         return self.get(key)
 
     def read(self, name: str) -> np.ndarray:
-        """Reads one tensor, dequantized to float32 and in numpy's axis order (``[out, in]`` for a linear)."""
+        """Reads one tensor, dequantized to float32 and in numpy's axis order (``[out, in]`` for a linear).
+
+        A few rows at a time: what is touched of the reader's map of the file would stay in memory, and the library's
+        ``dequantize`` needs the result's size twice.
+        """
         tensor = self.tensors[name]
+        stored = np.atleast_2d(tensor.data)  # [rows, bytes or elements of a row]; not touched
+        values = np.empty([int(size) for size in reversed(tensor.shape)], np.float32)
+        step = max(1, _CHUNK_BYTES // stored[0].nbytes)
         try:
-            return gguf.dequantize(tensor.data, tensor.tensor_type)
+            for start in range(0, len(stored), step):
+                part = stored[start : start + step]
+                offset = int(tensor.data_offset) + start * stored[0].nbytes
+                read = np.fromfile(self.path, part.dtype, part.size, offset=offset).reshape(part.shape)
+                rows = values.reshape(len(stored), -1)[start : start + step]
+                rows[:] = gguf.dequantize(read, tensor.tensor_type)
         except NotImplementedError as error:
             raise NotImplementedError(
                 f"{self.path}: tensor '{name}' has type {tensor.tensor_type.name}, which cannot be dequantized"
             ) from error
+        return values
 
 
 def open_gguf(path: str | Path) -> GGUFFile:

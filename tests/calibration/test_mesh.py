@@ -169,6 +169,10 @@ def test_two_processes_of_four_devices(on_one, runs, arguments):
     assert sorted(entry.name for entry in (runs / "two").iterdir()) == files
     assert list((runs / "two" / "profile").rglob("*.xplane.pb"))
     assert json.loads((runs / "two" / "run.json").read_text())["mesh"] == SHAPE
+    rows = [json.loads(line) for line in (runs / "two" / "metrics.jsonl").read_text().splitlines()]
+    result = json.loads((runs / "two" / "result.json").read_text())  # of the process with the most
+    assert result["mesh"] == SHAPE and result["processes"] == 2
+    assert 0.05 < rows[0]["peak_gb"] <= rows[-1]["peak_gb"] <= result["peak_gb"] < 100
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections reads config files by it

@@ -138,7 +138,9 @@ def test_unfinished_epochs_do_not_count_and_all_of_it_is_removed_at_the_end(tmp_
     run.remove_intermediate()
     assert sorted(entry.name for entry in run.path.iterdir()) == ["checkpoint", "metrics.jsonl", "run.json"]
     lines = (run.path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [{"block": 0}, {"block": 1}]
+    peaks = [(row := json.loads(line)).pop("peak_gb") for line in lines]
+    assert [json.loads(line)["block"] for line in lines] == [0, 1] and row == {"block": 1, "peak_device_gb": None}
+    assert 0.05 < peaks[0] <= peaks[1]
 
 
 def test_an_event_file_holds_the_numbers_of_the_metrics(tmp_path):
@@ -158,7 +160,9 @@ def test_an_event_file_holds_the_numbers_of_the_metrics(tmp_path):
         event = Event.FromString(content[12 : 12 + length])
         found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
         content = content[12 + length + 4 :]
+    peaks = [found.pop(4), found.pop(1)]
     assert found == [("block/before", 3, 0.25), ("tuning_epoch/divergence", 1, 0.5), ("tuning_epoch/healthy", 1, 1.0)]
+    assert [peak[:2] for peak in peaks] == [("tuning_epoch/peak_gb", 1), ("block/peak_gb", 3)]
 
 
 def test_an_event_file_without_the_package_is_one_line(tmp_path, monkeypatch):

@@ -1,0 +1,32 @@
+"""Records of measurements in a file."""
+
+import json
+
+import pytest
+
+from mobiquant_jax.files import RecordFile
+
+
+@pytest.fixture
+def records(tmp_path):
+    return RecordFile(path=tmp_path / "made" / "records.json", name="runs", key=("model", "mesh"))
+
+
+def test_a_record_replaces_the_one_with_its_key(records):
+    assert records.read() == []
+    first, second = {"model": "a", "mesh": [1, 2], "x": 1}, {"model": "a", "mesh": [2, 1], "x": 2}
+    for record in (first, second, first | {"x": 3}):
+        records.save(record)
+    assert records.read() == [first | {"x": 3}, second]
+    assert json.loads(records.path.read_text()).keys() == {"runs"}
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", '{"runs": 1}', '{"other": []}', '{"runs": [{"model": "a"}]}', '{"runs": [3]}']
+)
+def test_a_file_that_holds_something_else_is_kept(records, content):
+    records.path.parent.mkdir()
+    records.path.write_text(content)
+    with pytest.raises(ValueError, match="records.json' holds no list 'runs' of records"):
+        records.save({"model": "a", "mesh": 1})
+    assert records.path.read_text() == content

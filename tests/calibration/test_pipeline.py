@@ -23,7 +23,7 @@ from mobiquant_jax.calibration.run_dir import TUNING
 from mobiquant_jax.io.checkpoint import abstract_variables
 from mobiquant_jax.models import Block
 from mobiquant_jax.models.elastic import ElasticLinear
-from mobiquant_jax.routing import BatchBudget
+from mobiquant_jax.routing import BatchBudget, Router
 
 
 class Recorder:
@@ -85,9 +85,13 @@ def start_routers(trainer, variables):
 
 
 def fit_routers(trainer, state, variables, index):
-    """Adds what tells the epoch and the windows from others."""
+    """Adds what tells the epoch and the windows from others, to all scores alike: a batch's own budget ignores it."""
     shift = (index + 1) * float(np.mean(trainer.windows))
-    routers = jax.tree.map(lambda leaf: leaf + 1e-3 * shift, state.routers)
+
+    def shifted(router):
+        return dataclasses.replace(router, output_bias=router.output_bias + shift)
+
+    routers = jax.tree.map(shifted, state.routers, is_leaf=lambda node: isinstance(node, Router))
     return dataclasses.replace(state, routers=routers), True
 
 

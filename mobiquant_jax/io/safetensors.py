@@ -52,8 +52,15 @@ class StoredTensor:
     dtype: np.dtype
 
     def map(self) -> np.ndarray:
-        """The tensor, mapped: pages are read when they are touched and go when the array does."""
-        return np.memmap(self.file, self.dtype, mode="r", offset=self.offset, shape=self.shape)
+        """The tensor, mapped: pages are read when they are touched and go when the array does.
+
+        Raises:
+            ValueError: the file has become shorter than it was.
+        """
+        try:
+            return np.memmap(self.file, self.dtype, mode="r", offset=self.offset, shape=self.shape)
+        except ValueError as error:
+            raise ValueError(f"{self.file}: damaged or truncated safetensors file: {error}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -189,11 +189,11 @@ def _weight_map(folder: Path) -> dict[str, str]:
 def _entries(file: Path) -> Iterator[tuple[str, dict[str, Any], int]]:
     """Name, header entry and first byte of each tensor; the library checks the header against the file first."""
     with contextlib.ExitStack() as stack:
+        stream = stack.enter_context(file.open("rb"))  # first: the library calls any failure to open "No such file"
         try:
             stack.enter_context(safe_open(str(file), framework="numpy"))
         except SafetensorError as error:
             raise ValueError(f"{file}: damaged or truncated safetensors file: {error}") from error
-    with file.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
         header = json.loads(stream.read(length))
     header.pop("__metadata__", None)

@@ -58,6 +58,18 @@ def test_a_file_that_is_cut_after_it_was_opened_is_named(tmp_path, small_config)
     assert str(error.value).startswith(f"{file}: damaged or truncated safetensors file: ")
 
 
+def test_a_file_that_may_not_be_read_is_named(tmp_path, small_config):
+    config = small_config()
+    params = jax.jit(Llama(config).init)(jax.random.key(1), jnp.zeros((1, 2), jnp.int32))["params"]
+    save_hf(tmp_path, config, params)
+    file = tmp_path / "model.safetensors"
+    file.chmod(0)
+    if os.access(file, os.R_OK):
+        pytest.skip("this user may read every file")
+    with pytest.raises(PermissionError, match=f"Permission denied: '{file}'"):
+        open_hf(tmp_path)
+
+
 def test_only_the_layers_asked_for_are_read(stack):
     array, leaf, seen = stack
     assert (leaf.ndim, leaf.size, leaf.nbytes, len(leaf)) == (3, 120, 960, 5)

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ CONNECT_SECONDS = 45  # how long processes wait for each other at the start
 # then all end.
 HEARTBEAT_SECONDS = 20
 EXIT_MISSING = 2
+EXIT_LOST = 3
 
 # Where a scheduler says which process this is.
 _RANKS = ("SLURM_PROCID", "JOB_COMPLETION_INDEX")
@@ -52,7 +54,8 @@ def initialize(
 ) -> None:
     """Joins the processes of a job; nothing where there is only one.
 
-    Processes other than 0 stop printing. One that waits in vain for the others ends the program with one line.
+    Processes other than 0 stop printing. One that waits in vain for the others, or whose computation with them fails,
+    ends with one line.
 
     Args:
         coordinator: ``HOST:PORT`` of process 0; None where the scheduler tells.
@@ -81,6 +84,8 @@ def initialize(
         )
     finally:
         watchdog.cancel()
+    if jax.process_count() > 1:
+        sys.excepthook = _end_alone
     if not is_main():
         sys.stdout = open(os.devnull, "w")
 
@@ -164,6 +169,19 @@ def fetch(tree: Any) -> Any:
 def partial_name(path: Path) -> Path:
     """The same hidden name in every process, for what is to become ``path`` when it is complete."""
     return path.with_name(f".{path.name}.partial-{from_main(os.getpid())}")
+
+
+def _end_alone(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Ends this process at once where a computation over all of them fails, as it does when another one is gone.
+
+    To leave in good order it would wait for the other, and be aborted with a stack trace of the runtime's.
+    """
+    if not issubclass(kind, jax.errors.JaxRuntimeError):
+        sys.__excepthook__(kind, error, trace)
+        return
+    reason = " ".join(str(error).split())[:200]
+    print(f"error: a computation failed, or another process is gone: {reason}", file=sys.stderr, flush=True)
+    os._exit(EXIT_LOST)
 
 
 def _give_up(reason: str) -> None:

@@ -122,6 +122,26 @@ barrier("never")
     assert "another task died" in err or "Gloo" in err or "gloo" in err
 
 
+def test_a_process_that_dies_in_the_middle_is_one_line_in_the_others():
+    port = free_port()
+    body = """
+from mobiquant_jax.distributed import barrier
+barrier("met")
+if jax.process_index() == 1:
+    import os
+    os._exit(9)
+barrier("never")
+"""
+    both = [start(process, port, body) for process in (0, 1)]
+    begin = time.monotonic()
+    (_, err), _ = [process.communicate(timeout=60) for process in both]
+    assert (both[0].returncode, both[1].returncode) == (3, 9) and time.monotonic() - begin < 60
+    assert (
+        re.findall("^error: a computation failed, or another process is gone: .*$", err, re.M)
+        and "Traceback" not in err
+    )
+
+
 def test_a_process_that_fails_alone_ends_the_others():
     """It leaves in good order, while the others wait for it in a collective."""
     port = free_port()

@@ -52,8 +52,15 @@ class StoredTensor:
     dtype: np.dtype
 
     def map(self) -> np.ndarray:
-        """The tensor, mapped: pages are read when they are touched and go when the array does."""
-        return np.memmap(self.file, self.dtype, mode="r", offset=self.offset, shape=self.shape)
+        """The tensor, mapped: pages are read when they are touched and go when the array does.
+
+        Raises:
+            ValueError: the file has become shorter than it was.
+        """
+        try:
+            return np.memmap(self.file, self.dtype, mode="r", offset=self.offset, shape=self.shape)
+        except ValueError as error:
+            raise ValueError(f"{self.file}: damaged or truncated safetensors file: {error}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -182,11 +189,11 @@ def _weight_map(folder: Path) -> dict[str, str]:
 def _entries(file: Path) -> Iterator[tuple[str, dict[str, Any], int]]:
     """Name, header entry and first byte of each tensor; the library checks the header against the file first."""
     with contextlib.ExitStack() as stack:
+        stream = stack.enter_context(file.open("rb"))  # first: the library calls any failure to open "No such file"
         try:
             stack.enter_context(safe_open(str(file), framework="numpy"))
         except SafetensorError as error:
             raise ValueError(f"{file}: damaged or truncated safetensors file: {error}") from error
-    with file.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
         header = json.loads(stream.read(length))
     header.pop("__metadata__", None)

@@ -13,6 +13,7 @@ from mobiquant_jax.calibration.config import Stage, stages
     [
         (dict(recipe="papper"), "calibration.recipe='papper' is none of elastic, paper"),
         (dict(loss="l1"), "calibration.loss='l1' is none of mse, relative, log_relative"),
+        (dict(streams="disk"), "calibration.streams='disk' is none of device, host"),
         (dict(threshold_scope="layer"), "calibration.threshold_scope='layer' is none of linear, global"),
         (dict(budgets=()), "calibration.budgets must lie in [2, 8], got ()"),
         (dict(budgets=(2.0, 8.5)), "calibration.budgets must lie in [2, 8], got (2.0, 8.5)"),

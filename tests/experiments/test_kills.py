@@ -5,9 +5,9 @@ Minutes long, so `pytest -m slow` runs it and nothing else does; ``--record=FILE
 Resumed on the same mesh, a run must end with the very bits of one that nothing interrupted: blocks and states of tuning
 are saved whole, the streams are recomputed by the same programs, and every draw depends on the seed and a number alone.
 On another mesh the sums over devices run in another order: losses, thresholds and routers may differ by 1e-5, codes not
-at all, and perplexities by 1e-5 where all tokens read one depth. In between, a token whose score lies that close to the
-threshold reads another depth; the first token of every window does so at once, since nothing precedes it and its score
-is the same in all. That has moved a perplexity by 2.5e-4, so 1e-3 is allowed there.
+at all, and so may perplexities, measured on the same mesh. Measured on two meshes, those of one and the same checkpoint
+differ by more: a token whose score lies within rounding of the threshold reads another depth. That has moved one by
+2.5e-4, so 1e-3 is allowed there.
 """
 
 import json
@@ -29,8 +29,7 @@ from mobiquant_jax.provenance import provenance
 
 ROOT = Path(__file__).parents[2]
 KILLS = 10
-TOLERANCE, MIXED_TOLERANCE = 1e-5, 1e-3  # relative, where a part of the run was on another mesh
-ONE_DEPTH = (2.0, 8.0, None)  # average bits at which all tokens read the same; None for the unquantized model
+TOLERANCE, OTHER_MESH_TOLERANCE = 1e-5, 1e-3  # relative, where a part of the run was on another mesh
 MESHES = {8: dict(data=4, fsdp=2), 4: dict(data=2, fsdp=2)}  # `model` does not divide this model's 172 channels
 RECIPE = (
     "windows=32",
@@ -108,9 +107,10 @@ def bit_for_bit(arrays, wanted):
     )
 
 
-def furthest(curve, wanted, chosen):
+def furthest(curve, wanted):
     """The largest relative difference of perplexities."""
-    return max(abs(curve[bits] / wanted[bits] - 1) for bits in chosen)
+    assert curve.keys() == wanted.keys()
+    return max(abs(curve[bits] / wanted[bits] - 1) for bits in wanted)
 
 
 def test_killed_at_random_moments_a_run_ends_as_if_nothing_had_happened(start, tmp_path, request):
@@ -156,10 +156,11 @@ def test_killed_at_random_moments_a_run_ends_as_if_nothing_had_happened(start, t
     for number, entry in enumerate(runs, start=1):
         run = tmp_path / f"run{number}"
         curve, found = outcome(run)
-        assert curve.keys() == wanted.keys()
-        mixed = [bits for bits in wanted if bits not in ONE_DEPTH]
-        entry["largest_relative_difference"] = furthest(curve, wanted, ONE_DEPTH)
-        entry["largest_relative_difference_mixed_depths"] = furthest(curve, wanted, mixed)
+        if entry["devices"] != [8]:
+            entry["difference_measured_on_4_devices"] = furthest(curve, wanted)
+            complete(run)  # nothing is left but to measure again, where the others were measured
+            curve = outcome(run)[0]
+        entry["difference"] = furthest(curve, wanted)
         entry["bit_for_bit"] = curve == wanted and bit_for_bit(found, arrays)
         print(entry)
         assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in whole.iterdir())
@@ -184,5 +185,5 @@ def test_killed_at_random_moments_a_run_ends_as_if_nothing_had_happened(start, t
         )
     for entry in runs:
         assert entry["bit_for_bit"] or entry["devices"] != [8], entry
-        assert entry["largest_relative_difference"] <= TOLERANCE, entry
-        assert entry["largest_relative_difference_mixed_depths"] <= MIXED_TOLERANCE, entry
+        assert entry["difference"] <= TOLERANCE, entry
+        assert entry.get("difference_measured_on_4_devices", 0.0) <= OTHER_MESH_TOLERANCE, entry

@@ -1,5 +1,7 @@
 """Leaves on disk against the arrays they stand for, and what is read of them."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,6 +44,30 @@ def stack():
 def test_indexing_is_numpys(stack, index):
     array, leaf, _ = stack
     np.testing.assert_array_equal(leaf[index], array[index])
+
+
+def test_a_file_that_is_cut_after_it_was_opened_is_named(tmp_path, small_config):
+    config = small_config()
+    params = jax.jit(Llama(config).init)(jax.random.key(1), jnp.zeros((1, 2), jnp.int32))["params"]
+    save_hf(tmp_path, config, params)
+    _, opened = open_hf(tmp_path)
+    file = tmp_path / "model.safetensors"
+    os.truncate(file, file.stat().st_size // 2)
+    with pytest.raises(ValueError) as error:
+        materialize(opened)
+    assert str(error.value).startswith(f"{file}: damaged or truncated safetensors file: ")
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path, small_config):
+    config = small_config()
+    params = jax.jit(Llama(config).init)(jax.random.key(1), jnp.zeros((1, 2), jnp.int32))["params"]
+    save_hf(tmp_path, config, params)
+    file = tmp_path / "model.safetensors"
+    file.chmod(0)
+    if os.access(file, os.R_OK):
+        pytest.skip("this user may read every file")
+    with pytest.raises(PermissionError, match=f"Permission denied: '{file}'"):
+        open_hf(tmp_path)
 
 
 def test_only_the_layers_asked_for_are_read(stack):

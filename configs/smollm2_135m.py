@@ -42,7 +42,7 @@ def get_config() -> ConfigDict:
     config.calibration.budgets = (2.0, 3.0, 4.0, 8.0)
     config.calibration.first_epochs = 1
     config.calibration.joint_epochs = 0
-    config.calibration.end_epochs = 4
+    config.calibration.end_epochs = 3
     config.calibration.end_weight_lr = 2e-4
     config.calibration.fit_epochs = 1
     config.calibration.threshold_windows = 4

@@ -4,7 +4,7 @@ A router sees other inputs at 2 bits than at 8, so each budget's thresholds are 
 budget, from the first layer to the last.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from mobiquant_jax.models.elastic import ElasticModel, Variables
+from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel, Variables
 from mobiquant_jax.routing import BatchBudget, FixedThreshold, prefix_scores, threshold_for_bits
 from mobiquant_jax.sharding import Placement, one_device
 
-GLOBAL_ROUNDS = 3  # fixed-point rounds: the pooled threshold changes the activations that change the scores
+Scores = dict[str, Float[Array, "L n T E-1"]]
+"""Router scores of every linear, by path."""
 
 
 def record_thresholds(
@@ -46,42 +47,62 @@ def record_thresholds(
     placement = model.placement or Placement.create(one_device(), model.config, model.elastic)
     tokens = placement.put_batch(windows)
     record = _record_linear if scope == "linear" else _record_global
-    compiled = jax.jit(partial(record, model), out_shardings=placement.replicated)
     columns = []
-    for bits in model.elastic.budget_grid:
-        columns.append(jax.device_get(compiled(model.variables, tokens, np.float32(bits))))
+    for bits, column in record(model, model.elastic, tokens, placement):
+        columns.append(jax.device_get(column))
         progress(bits)
     tables = placement.put_whole(jax.tree.map(lambda *column: np.stack(column, axis=-1), *columns))
     return {**model.variables, "routing": {"layers": tables}}
 
 
-def _record_linear(model: ElasticModel, variables: Variables, tokens: Int[Array, "n T"], bits: Float[Array, ""]) -> Any:
-    assert model.elastic is not None
-    scores = _scores(model, variables, tokens, BatchBudget(bits=bits))
-    per_layer = jax.vmap(partial(_finite_threshold, bits=bits, slice_bits=model.elastic.slice_bits))
-    return _tree(scores, lambda path: per_layer(scores[path]))
+def _record_linear(
+    model: ElasticModel, elastic: ElasticConfig, tokens: Int[Array, "n T"], placement: Placement
+) -> Iterator[tuple[float, Any]]:
+    """A column of every table for each average of the grid; each linear meets the average by itself."""
+
+    def column(variables: Variables, tokens: Int[Array, "n T"], bits: Float[Array, ""]) -> Any:
+        scores = _scores(model, variables, tokens, BatchBudget(bits=bits))
+        per_layer = jax.vmap(partial(_finite_threshold, bits=bits, slice_bits=elastic.slice_bits))
+        return _tree(scores, lambda path: per_layer(scores[path]))
+
+    compiled = jax.jit(column, out_shardings=placement.replicated)
+    for bits in elastic.budget_grid:
+        yield bits, compiled(model.variables, tokens, np.float32(bits))
 
 
-def _record_global(model: ElasticModel, variables: Variables, tokens: Int[Array, "n T"], bits: Float[Array, ""]) -> Any:
-    assert model.elastic is not None
-    slice_bits = model.elastic.slice_bits
+def _record_global(
+    model: ElasticModel, elastic: ElasticConfig, tokens: Int[Array, "n T"], placement: Placement
+) -> Iterator[tuple[float, Any]]:
+    """As `_record_linear`, with one threshold for all linears.
+
+    The threshold changes the activations, which change the scores it is a quantile of: each average runs once at the
+    threshold that the scores of the one before give. Two and three runs found the same bits and perplexities.
+    """
     sizes = {path: float(rows * columns) for path, (rows, columns) in model.config.linear_shapes().items()}
 
-    def pooled(scores: dict[str, Array]) -> Float[Array, ""]:
+    def pooled(scores: Scores, bits: Float[Array, ""]) -> Float[Array, ""]:
         flat = jnp.concatenate([s.reshape(-1, s.shape[-1]) for s in scores.values()])
         weights = jnp.concatenate([jnp.full(s.size // s.shape[-1], sizes[path]) for path, s in scores.items()])
-        return _finite_threshold(flat, bits, slice_bits, weights)
+        return _finite_threshold(flat, bits, elastic.slice_bits, weights)
 
-    scores = _scores(model, variables, tokens, BatchBudget(bits=bits))
-    for _ in range(GLOBAL_ROUNDS):
-        scores = _scores(model, variables, tokens, FixedThreshold(threshold=pooled(scores)))
-    threshold = pooled(scores)
-    return _tree(scores, lambda path: jnp.full(model.config.num_hidden_layers, threshold))
+    def first(variables: Variables, tokens: Int[Array, "n T"]) -> Scores:
+        return _scores(model, variables, tokens, BatchBudget(bits=jnp.float32(elastic.budget_grid[0])))
+
+    def column(
+        variables: Variables, tokens: Int[Array, "n T"], scores: Scores, bits: Float[Array, ""]
+    ) -> tuple[Any, Scores]:
+        scores = _scores(model, variables, tokens, FixedThreshold(threshold=pooled(scores, bits)))
+        threshold = pooled(scores, bits)
+        return _tree(scores, lambda path: jnp.full(model.config.num_hidden_layers, threshold)), scores
+
+    compiled = jax.jit(column, donate_argnums=2, out_shardings=(placement.replicated, None))
+    scores = jax.jit(first)(model.variables, tokens)
+    for bits in elastic.budget_grid:
+        found, scores = compiled(model.variables, tokens, scores, np.float32(bits))
+        yield bits, found
 
 
-def _scores(
-    model: ElasticModel, variables: Variables, tokens: Array, policy: Any
-) -> dict[str, Float[Array, "L n T E-1"]]:
+def _scores(model: ElasticModel, variables: Variables, tokens: Array, policy: Any) -> Scores:
     """Router scores of every linear, by path, under a policy."""
     _, state = model.module.apply(variables, tokens, policy, mutable=["scores"])
     return {

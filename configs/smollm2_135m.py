@@ -45,8 +45,9 @@ def get_config() -> ConfigDict:
     config.calibration.end_epochs = 3
     config.calibration.end_weight_lr = 2e-4
     config.calibration.fit_epochs = 1
+    config.calibration.fit_batch_size = 4
     config.calibration.threshold_windows = 4
-    config.router.budget_grid = (2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 7.0, 8.0)
+    config.router.budget_grid = (2.0, 2.5, 3.0, 3.5, 4.0, 6.0, 8.0)
     config.evaluation.windows = 12
     config.evaluation.window_length = 256
     config.evaluation.batch_size = 4

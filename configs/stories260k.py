@@ -38,6 +38,7 @@ def get_config() -> ConfigDict:
 
     config.calibration.windows = 16
     config.calibration.window_length = 256
+    config.calibration.threshold_windows = 4
     config.evaluation.windows = 16
     config.evaluation.window_length = 256
     config.evaluation.batch_size = 4

@@ -41,7 +41,9 @@ def main(argv: list[str]) -> None:
     start = time.perf_counter()
     if not FROM.value or not TO.value:
         raise ValueError("--from=MODEL and --to=FOLDER are required")
-    output = JSON.value and RecordFile(path=Path(JSON.value), name="conversions", key=("source", "dtype", "layers"))
+    output = JSON.value and RecordFile(
+        path=Path(JSON.value), name="conversions", key=("source", "dtype", "layers", "bytes")
+    )
     if output:
         output.read()  # a mistaken file is found now and not after the conversion
     source = resolve(FROM.value)

@@ -44,6 +44,8 @@ _SEED = "calibration.seed"
 def main(_: list[str]) -> None:
     """Scores each run at every average, on every text."""
     bits_list = parse_bits(BITS.value)
+    if BATCH_SIZE.value < 1:
+        raise ValueError(f"--batch_size={BATCH_SIZE.value} must be at least 1")
     records = _read_runs([Path(folder) for folder in RUNS.value])
     results: Results | None = None
     texts: dict[str, np.ndarray] = {}
@@ -85,7 +87,7 @@ def _read_runs(folders: Sequence[Path]) -> dict[Path, dict[str, Any]]:
         for name in ("run.json", "result.json"):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"--runs: '{folder}' holds no finished run (no {name})")
-        seconds = read_json_object(folder / "result.json")["calibration_seconds"]
+        seconds = read_json_object(folder / "result.json").get("calibration_seconds")
         records[folder] = read_json_object(folder / "run.json") | {"seconds": seconds}
         if _identity(records[folder]) != _identity(records[folders[0]]):
             raise ValueError(f"--runs: '{folder}' is of another model, other data or another group size than the first")
@@ -98,7 +100,6 @@ def _identity(record: dict[str, Any]) -> dict[str, Any]:
         "model": record["model"],
         "calibration": record["data"],
         "group_size": record["config"]["quant.group_size"],
-        "dtype": record["config"]["calibration.dtype"],
     }
 
 

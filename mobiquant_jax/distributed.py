@@ -180,6 +180,7 @@ def _end_alone(kind: type[BaseException], error: BaseException, trace: Traceback
         sys.__excepthook__(kind, error, trace)
         return
     reason = " ".join(str(error).split())[:200]
+    sys.stdout.flush()
     print(f"error: a computation failed, or another process is gone: {reason}", file=sys.stderr, flush=True)
     os._exit(EXIT_LOST)
 

@@ -53,7 +53,8 @@ def open_results(
 
     Args:
         path: its file; None to keep the table in memory.
-        identity: what all rows have in common, JSON-ready. A table may be continued with other ``texts``.
+        identity: what all rows have in common, JSON-ready. A table may be continued with other ``texts``, and by a
+            session that knows fewer or further fields.
         session: provenance of this process.
         resume: continue the table that is there, if any.
         overwrite: replace the table that is there, if any, once the first row is complete.
@@ -68,11 +69,11 @@ def open_results(
         return Results(path=path, identity=identity, sessions=[session])
     content = read_results(path)
     old = content["identity"]
-    for name in sorted((identity.keys() | old.keys()) - {"texts"}):
-        check_same(path, name, old.get(name), identity.get(name))
+    for name in sorted((identity.keys() & old.keys()) - {"texts"}):
+        check_same(path, name, old[name], identity[name])
     for text in old["texts"].keys() & identity["texts"].keys():
         check_same(path, f"text {text}", old["texts"][text], identity["texts"][text])
-    identity["texts"] = old["texts"] | identity["texts"]
+    identity = old | identity | {"texts": old["texts"] | identity["texts"]}
     return Results(path=path, identity=identity, sessions=[*content["sessions"], session], rows=content["rows"])
 
 

@@ -23,24 +23,27 @@ class CalibrationConfig:
         budgets: average bits that the windows are streamed and trained at.
         budgets_per_window: at how many of the budgets each window is streamed.
         first_epochs: epochs of stage 1, which settles the slices before there is routing.
-        joint_epochs: epochs of stage 2, slices and routers together.
+        joint_epochs: epochs of stage 2, slices and routers together; in the recipe "elastic" these routers shape the
+            training of the weights only, since others are fitted in the end.
         weight_lr: peak learning rate of the weights (recipe "elastic").
         clipping_lr: peak learning rate of the clipping logits.
-        router_lr: peak learning rate of the routers.
+        router_lr: peak learning rate of the routers in stage 2.
         loss: block error: ``"mse"``; ``"relative"``, each token's error over its energy, so that an attention sink
             counts as one token; ``"log_relative"``, its logarithm, which gives every budget the same pull.
         propagated_weight: weight of a second target, the full-precision block on the quantized stream.
         end_epochs: epochs of end-to-end tuning of weights and clipping on the model's own logits, after the blocks.
             Needs memory for the whole model, its gradients and its optimizer.
-        end_batch_size: windows a step of it, and of fitting the routers.
+        end_batch_size: windows a step of it.
         end_weight_lr: peak learning rate of the weights in it; 0 freezes them.
         end_clipping_lr: of the clipping logits.
         end_generated_windows: windows that the unquantized model writes itself to learn from; 0 for none.
         end_generated_share: share of them in each epoch's windows.
-        end_save_seconds: its state is saved after the first epoch that ends so long after the last save, since saving
-            may take longer than an epoch: a kill costs this and an epoch.
+        end_save_seconds: its state, and that of fitting, is saved after the first epoch that ends so long after the
+            last save, since saving may take longer than an epoch: a kill costs this and an epoch of each.
         fit_epochs: epochs of fitting all routers together to what their slices gain, once the weights are final; with
             0 they know their input's magnitude and their linear's mean gain. The recipe "paper" keeps the blocks' own.
+            Needs memory for the whole packed model, and for the logits and activations of ``fit_batch_size`` windows.
+        fit_batch_size: windows a step of it.
         fit_lr: peak learning rate of the routers in it.
         temperature: of the gates' surrogate gradient.
         dtype: type of the matmuls in training, ``"float32"`` or ``"bfloat16"``; parameters and errors are float32.
@@ -76,6 +79,7 @@ class CalibrationConfig:
     end_generated_share: float = 0.67
     end_save_seconds: float = 120.0
     fit_epochs: int = 2
+    fit_batch_size: int = 1
     fit_lr: float = 3e-3
     temperature: float = 1.0
     dtype: str = "float32"
@@ -118,8 +122,13 @@ class CalibrationConfig:
         for name in _NOT_NEGATIVE:
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"calibration.{name}={getattr(self, name)} must be finite and not negative")
-        if not 1 <= self.threshold_windows <= self.windows:
-            raise ValueError(f"calibration.threshold_windows={self.threshold_windows} is outside 1..{self.windows}")
+        if self.fit_batch_size < 1:
+            raise ValueError(f"calibration.fit_batch_size={self.fit_batch_size} must be at least 1")
+        fitted = self.fit_batch_size if self.recipe == "elastic" else 0  # windows that fitting the routers needs
+        if not 1 <= self.threshold_windows <= self.windows - fitted:
+            raise ValueError(
+                f"calibration.threshold_windows={self.threshold_windows} is outside 1..{self.windows - fitted}"
+            )
 
     def check_slices(self, slice_bits: tuple[int, ...]) -> None:
         """Raises ValueError unless every budget can be met: none lies below the first slice's bits."""
@@ -129,7 +138,8 @@ class CalibrationConfig:
     @property
     def batches(self) -> dict[str, int]:
         """Numbers of windows that go through the model together, by field."""
-        fields = ("windows", "batch_size", *(("end_batch_size",) if self.recipe == "elastic" else ()))
+        fits = ("fit_batch_size",) if self.recipe == "elastic" else ()
+        fields = ("windows", "batch_size", *fits, *(("end_batch_size",) if self.end_epochs else ()))
         return {f"calibration.{name}": getattr(self, name) for name in fields}
 
     @property

@@ -81,7 +81,7 @@ class ConsoleObserver:
             f"routers {epoch}/{epochs}  {seconds:.1f} s  |  {clock((epochs - epoch) * seconds)} left{note}", flush=True
         )
 
-    def on_budget(self, bits: float) -> None:
+    def on_budget(self, bits: float, left: int) -> None:
         """See `Observer`."""
         if sys.stdout.isatty():
-            print(f"\r\x1b[Krecording thresholds: {bits:g} bits", end="" if bits < 8 else "\n", flush=True)
+            print(f"\r\x1b[Krecording thresholds: {bits:g} bits", end="" if left else "\n", flush=True)

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 from mobiquant_jax.calibration.config import CalibrationConfig
 from mobiquant_jax.calibration.linears import NestedLinear, Params, UniformWidth, pack_block, trainable
 from mobiquant_jax.calibration.optimizer import grouped_adamw, guarded_update
-from mobiquant_jax.calibration.samples import draw_widths
+from mobiquant_jax.calibration.samples import draw_widths, spread_budgets
 from mobiquant_jax.models import Llama, LlamaConfig
 from mobiquant_jax.models.elastic import ElasticConfig
 from mobiquant_jax.sharding import Placement, one_device, place
@@ -126,8 +126,7 @@ class EndToEndTrainer:
         cal = self.calibration
         rng = np.random.default_rng([cal.seed, 1_000_000 + index])
         windows = self._draw_windows(rng)[: self._steps * cal.end_batch_size]
-        bits = rng.permutation(np.resize(np.asarray(cal.budgets, np.float32), self._steps))
-        widths = draw_widths(bits, self.elastic.slice_bits, rng)
+        widths = draw_widths(spread_budgets(cal.budgets, self._steps, rng), self.elastic.slice_bits, rng)
         batches = windows.reshape(self._steps, cal.end_batch_size, -1)
         tokens = place(batches, self.placement.batched(batches.shape, dim=1))
         plan = (tokens, self.placement.put_whole(widths))

@@ -28,7 +28,7 @@ class EventFile:
         """Writes a line of ``metrics.jsonl``.
 
         Args:
-            record: its first entry, ``"block"`` or ``"tuning_epoch"``, is the step; the numbers after it are curves of
+            record: its first entry, such as ``"block"``, is the step; the numbers after it are curves of
                 their own, ``"block/before"`` and so on.
         """
         if self._writer is None:

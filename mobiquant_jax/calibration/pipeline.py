@@ -51,7 +51,7 @@ class Observer(Protocol):
         """``resumed`` of the ``blocks`` are on disk already."""
 
     def on_damaged(self, reason: str) -> None:
-        """What a block or a state of end-to-end tuning left on disk is damaged; it is computed again."""
+        """A block or the state of a later stage on disk is damaged; it is computed again."""
 
     def on_epoch(self, block: int, stage: str, epoch: int, epochs: int, error: float) -> None:
         """An epoch of a block is done."""
@@ -68,8 +68,8 @@ class Observer(Protocol):
     def on_fitted(self, epoch: int, epochs: int, healthy: bool, seconds: float) -> None:
         """An epoch of fitting the routers is done; ``healthy`` as above."""
 
-    def on_budget(self, bits: float) -> None:
-        """The thresholds for these average bits are recorded."""
+    def on_budget(self, bits: float, left: int) -> None:
+        """The thresholds for these average bits are recorded; ``left`` more averages are to come."""
 
 
 _TRAINERS = {"device": BlockTrainer, "host": HostBlockTrainer}  # by where the streams are kept
@@ -285,10 +285,8 @@ class Calibrator:
             "routing": {"layers": layers["routing"]},
         }
         model = ElasticModel(config=self.config, elastic=self.elastic, variables=variables, placement=self.placement)
-        count = self.calibration.threshold_windows
-        recorded = np.arange(0, len(windows), len(windows) // count)[:count]
+        shuffled = np.random.default_rng(self.calibration.seed).permutation(windows)
+        recorded, others = np.split(shuffled, [self.calibration.threshold_windows])
         if self.calibration.recipe == "elastic":
-            others = np.delete(windows, recorded, axis=0)
-            fitted = self._fit_routers(model, others if len(others) >= self.calibration.end_batch_size else windows)
-            model = dataclasses.replace(model, variables=fitted)
-        return record_thresholds(model, windows[recorded], self.calibration.threshold_scope, self.observer.on_budget)
+            model = dataclasses.replace(model, variables=self._fit_routers(model, others))
+        return record_thresholds(model, recorded, self.calibration.threshold_scope, self.observer.on_budget)

@@ -18,7 +18,8 @@ from jaxtyping import Array, Int
 
 from mobiquant_jax.calibration.config import CalibrationConfig
 from mobiquant_jax.calibration.gains import GainLinear
-from mobiquant_jax.calibration.optimizer import grouped_adamw, guarded_update
+from mobiquant_jax.calibration.optimizer import FINAL_RATE, guarded_update
+from mobiquant_jax.calibration.samples import spread_budgets
 from mobiquant_jax.models import Llama
 from mobiquant_jax.models.elastic import ElasticModel, Variables
 from mobiquant_jax.routing import RandomDepth, Router
@@ -27,8 +28,11 @@ from mobiquant_jax.sharding import Placement, one_device, place
 Routers = dict[str, dict[str, dict[str, Router]]]
 """``{part: {name: {"router": Router}}}``, each array with a leading layer axis."""
 
-LINEAR_RANGE = 16.0  # silu(z) is z above it, and log rms(x) lies far above -16
 FAR_BELOW = 23.0  # scores so far below the gains' logarithm that 1 - mean(gain exp(-S)) has lost none of the mean
+
+# Gradients of scores are of order one. Behind a norm the magnitude tells nothing and its weights' gradient is rounding
+# alone, which Adam would scale up to full steps.
+ADAM_EPS = 1e-5
 
 
 @jax.tree_util.register_dataclass
@@ -60,19 +64,20 @@ def with_routers(variables: Variables, routers: Routers) -> Variables:
 def magnitude_router(router: Router, offset: float = 0.0) -> Router:
     """A router that scores every slice ``2 log rms(x)``: an error grows with its input, a gain with its square.
 
-    One hidden unit carries the logarithm, where its activation is linear; the others have no effect yet.
+    Two hidden units carry it, since ``silu(z) - silu(-z) = z``; the others have no effect yet.
 
     Args:
         router: gives the shapes, and the first layer of the other units.
         offset: added to the scores.
     """
+    signs = jnp.array([1.0, -1.0])
     return dataclasses.replace(
         router,
-        hidden=router.hidden.at[..., 0].set(0.0),
-        magnitude=jnp.zeros_like(router.magnitude).at[..., 0].set(1.0),
-        hidden_bias=jnp.zeros_like(router.hidden_bias).at[..., 0].set(LINEAR_RANGE),
-        output=jnp.zeros_like(router.output).at[..., 0, :].set(2.0),
-        output_bias=jnp.full_like(router.output_bias, offset - 2.0 * LINEAR_RANGE),
+        hidden=router.hidden.at[..., :2].set(0.0),
+        magnitude=jnp.zeros_like(router.magnitude).at[..., :2].set(signs),
+        hidden_bias=jnp.zeros_like(router.hidden_bias),
+        output=jnp.zeros_like(router.output).at[..., :2, :].set(2 * signs[:, None]),
+        output_bias=jnp.full_like(router.output_bias, offset),
     )
 
 
@@ -105,7 +110,7 @@ class RouterTrainer:
         return self.placement.abstract(jax.eval_shape(make, routers_of(self.model.variables)))
 
     def start(self, variables: Variables) -> RouterState:
-        """Routers that know magnitudes, and each linear's mean gain, as measured on some windows at every budget."""
+        """Routers that know magnitudes, and each linear's mean gain, as measured on a batch a budget."""
         steps = min(len(self.calibration.budgets), self._steps)
         below = partial(magnitude_router, offset=-FAR_BELOW)
         routers = jax.tree.map(below, routers_of(variables), is_leaf=_is_router)
@@ -123,7 +128,9 @@ class RouterTrainer:
         Returns:
             The new state, and whether every step was finite.
         """
-        state, healthy = self._epoch(state, variables, self._plan(index + 1, self._steps))
+        plan = self._plan(index + 1, self._steps)
+        with jax.transfer_guard("disallow"):
+            state, healthy = self._epoch(state, variables, plan)
         return state, bool(healthy)
 
     @property
@@ -132,20 +139,20 @@ class RouterTrainer:
 
     @property
     def _steps(self) -> int:
-        return len(self.windows) // self.calibration.end_batch_size
+        return len(self.windows) // self.calibration.fit_batch_size
 
     @cached_property
     def _optimizer(self) -> optax.GradientTransformation:
-        cal = self.calibration
-        return grouped_adamw(0.0, 0.0, cal.fit_lr, cal.fit_epochs * self._steps)
+        steps = max(self.calibration.fit_epochs * self._steps, 1)
+        return optax.adam(optax.cosine_decay_schedule(self.calibration.fit_lr, steps, alpha=FINAL_RATE), eps=ADAM_EPS)
 
     def _plan(self, stream: int, steps: int) -> Any:
         """Tokens, budgets and seeds of so many steps, on the devices."""
         cal = self.calibration
         rng = np.random.default_rng([cal.seed, 2_000_000 + stream])
-        windows = rng.permutation(self.windows)[: steps * cal.end_batch_size]
-        batches = windows.reshape(steps, cal.end_batch_size, -1)
-        bits = rng.permutation(np.resize(np.asarray(cal.budgets, np.float32), steps))
+        windows = rng.permutation(self.windows)[: steps * cal.fit_batch_size]
+        batches = windows.reshape(steps, cal.fit_batch_size, -1)
+        bits = spread_budgets(cal.budgets, steps, rng)
         seeds = rng.integers(2**32, size=steps, dtype=np.uint32)
         return place(batches, self.placement.batched(batches.shape, dim=1)), *self.placement.put_whole((bits, seeds))
 

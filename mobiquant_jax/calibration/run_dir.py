@@ -14,6 +14,7 @@ profile/       the trace of a block, where one was asked for
 checkpoint/    the elastic checkpoint
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -84,11 +85,22 @@ class RunDir:
     def saved_epochs(self, stage: str) -> int:
         """Epochs of a stage that are on disk, complete."""
         folder = self.path / stage
-        return max((int(entry.name) for entry in folder.glob("*") if entry.name.isdigit()), default=0)
+        return max(
+            (int(entry.name) for entry in folder.glob("*") if entry.name.isdigit() and entry.is_dir()), default=0
+        )
 
     def remove(self, saved: Path) -> None:
-        """Removes a block or a saved state; no process goes on before it is gone."""
-        distributed.on_main(f"removing '{saved}'", lambda: shutil.rmtree(saved, ignore_errors=True))
+        """Removes a block or a saved state, if it is there; no process goes on before it is gone.
+
+        Raises:
+            OSError: it cannot be removed, and a run that waits for that would never end.
+        """
+
+        def remove() -> None:
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(saved)
+
+        distributed.on_main(f"removing '{saved}'", remove)
 
     def remove_intermediate(self) -> None:
         """Frees the space of blocks and epochs, once the checkpoint is complete, and of saves that were killed."""

@@ -52,6 +52,11 @@ class Samples:
         return batches[order].astype(np.int32), bits[order]
 
 
+def spread_budgets(budgets: tuple[float, ...], steps: int, rng: np.random.Generator) -> Float[np.ndarray, " steps"]:
+    """A budget for each step, in random order; each as often as another, give or take one."""
+    return rng.permutation(np.resize(rng.permutation(np.asarray(budgets, np.float32)), steps))
+
+
 def draw_widths(
     bits: Float[np.ndarray, " steps"], slice_bits: tuple[int, ...], rng: np.random.Generator
 ) -> Int[np.ndarray, " steps"]:

@@ -61,8 +61,8 @@ class ElasticConfig:
         """Checks the fields that need no model."""
         check_slice_bits(self.slice_bits)
         check_grid(self.budget_grid, self.slice_bits)
-        if self.router_hidden_size < 1:
-            raise ValueError(f"router hidden size {self.router_hidden_size} must be at least 1")
+        if self.router_hidden_size < 2:
+            raise ValueError(f"router hidden size {self.router_hidden_size} must be at least 2")
 
     def check_model(self, config: LlamaConfig) -> None:
         """Raises ValueError, naming the linear, unless the group size divides every linear's inputs."""

@@ -41,7 +41,7 @@ def recipe():
             first_epochs=2,
             joint_epochs=2,
             weight_lr=3e-3,
-            threshold_windows=4,
+            threshold_windows=2,
             end_weight_lr=1e-3,
         )
         return CalibrationConfig(**(fields | changes))

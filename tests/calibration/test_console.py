@@ -26,7 +26,7 @@ def test_a_line_a_block(capsys):
     observer.on_tuned(1, 3, 0.125, True, 60.0)
     observer.on_tuned(2, 3, 0.125, False, 60.0)
     observer.on_fitted(1, 2, True, 3.25)
-    observer.on_budget(8.0)
+    observer.on_budget(8.0, 0)
     lines = capsys.readouterr().out.splitlines()
     assert lines.pop(1) == "'runs/x/blocks/001' cannot be read: file 'd' is missing; it is computed again"
     assert lines[0] == "1 of 3 blocks are on disk already; continuing with block 2"
@@ -47,10 +47,10 @@ def test_a_terminal_sees_epochs_and_budgets(capsys, monkeypatch):
     observer = ConsoleObserver()
     observer.on_start(2, resumed=0)
     observer.on_epoch(0, "joint", 1, 4, 0.125)
-    observer.on_budget(3.0)
-    observer.on_budget(8.0)
+    observer.on_budget(3.0, 1)
+    observer.on_budget(2.0, 0)
     erase = "\r\x1b[K"
-    lines = ("block  1/2  joint 1/4  error 0.125", "recording thresholds: 3 bits", "recording thresholds: 8 bits")
+    lines = ("block  1/2  joint 1/4  error 0.125", "recording thresholds: 3 bits", "recording thresholds: 2 bits")
     assert capsys.readouterr().out == "".join(f"{erase}{line}" for line in lines) + "\n"
 
 

@@ -35,6 +35,7 @@ SECTIONS = {
         end_epochs=1,
         end_batch_size=4,
         fit_epochs=1,
+        fit_batch_size=4,
         threshold_windows=4,
     ),
 }

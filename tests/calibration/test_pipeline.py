@@ -55,7 +55,7 @@ class Recorder:
     def on_fitted(self, epoch, epochs, healthy, seconds):
         self.events.append(("fitted", epoch, epochs, healthy))
 
-    def on_budget(self, bits):
+    def on_budget(self, bits, left):
         self.events.append(("budget", bits))
 
 
@@ -75,6 +75,19 @@ def trained(monkeypatch):
     monkeypatch.setattr(BlockTrainer, "train", train)
     monkeypatch.setattr(RouterTrainer, "start", start_routers)
     monkeypatch.setattr(RouterTrainer, "epoch", fit_routers)
+    return calls
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """The windows of each call of ``record_thresholds``, which does nothing else."""
+    calls = []
+
+    def record(model, windows, *more):
+        calls.append(windows)
+        return model.variables
+
+    monkeypatch.setattr(pipeline, "record_thresholds", record)
     return calls
 
 
@@ -124,7 +137,7 @@ def test_the_streams_of_two_blocks_and_a_run_that_continues(
         ("block", 1, 1.5),
         ("fitted", 1, 2, True),
         ("fitted", 2, 2, True),
-        *(("budget", bits) for bits in elastic.budget_grid),
+        *(("budget", bits) for bits in reversed(elastic.budget_grid)),
     ]
     rows = [json.loads(line) for line in (whole.run.path / "metrics.jsonl").read_text().splitlines()]
     assert [(row["block"], row["before"], row["after"], row["bits"], row["note"]) for row in rows[:2]] == [
@@ -192,9 +205,8 @@ def test_windows_and_sizes_that_do_not_fit_are_named_before_anything_is_written(
     assert not trained and not list(calibrator("run", Recorder()).run.path.iterdir())
 
 
-def test_a_damaged_block_is_named_and_trained_again(calibrator, trained, params, windows, monkeypatch):
+def test_a_damaged_block_is_named_and_trained_again(calibrator, trained, recorded, params, windows):
     """One bit of the first block; the second one stays as it is."""
-    monkeypatch.setattr(pipeline, "record_thresholds", lambda model, *more: model.variables)
     with pytest.raises(KeyboardInterrupt):
         calibrator("run", Recorder(stop_after=1)).calibrate(params, windows)
     damaged = calibrator("run", observer := Recorder())
@@ -220,12 +232,11 @@ def test_a_damaged_block_is_named_and_trained_again(calibrator, trained, params,
     assert list(trained) == [0] and damaged.run.block(1).stat().st_mtime_ns == untouched
 
 
-def test_a_full_disk_ends_the_run_with_what_was_saved(calibrator, trained, params, windows, monkeypatch):
+def test_a_full_disk_ends_the_run_with_what_was_saved(calibrator, trained, recorded, params, windows, monkeypatch):
     def full(path):
         return SimpleNamespace(free=0 if list(trained) == [0, 1] else 10**9)
 
     monkeypatch.setattr(shutil, "disk_usage", full)
-    monkeypatch.setattr(pipeline, "record_thresholds", lambda model, *more: model.variables)
     run = calibrator("run", Recorder())
     with pytest.raises(OSError, match="no space left"):
         run.calibrate(params, windows)
@@ -236,10 +247,9 @@ def test_a_full_disk_ends_the_run_with_what_was_saved(calibrator, trained, param
     assert list(trained) == [1]
 
 
-def test_a_damaged_state_of_tuning_is_computed_again(calibrator, trained, params, windows, monkeypatch):
+def test_a_damaged_state_of_tuning_is_computed_again(calibrator, trained, recorded, params, windows, monkeypatch):
     monkeypatch.setattr(EndToEndTrainer, "epoch", lambda self, state, dense, index: (state, 0.5 + index, True))
     changes = dict(end_epochs=2, end_save_seconds=0.0)
-    monkeypatch.setattr(pipeline, "record_thresholds", lambda model, *more: model.variables)
     first = calibrator("run", Recorder(), **changes)
     wanted = first.calibrate(params, windows)
     largest = max((f for f in first.run.saved(TUNING, 2).rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
@@ -248,3 +258,19 @@ def test_a_damaged_state_of_tuning_is_computed_again(calibrator, trained, params
     assert [event[0] for event in observer.events[:4]] == ["start", "damaged", "tuned", "tuned"]
     assert "bytes long, not" in observer.events[1][1]
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+def test_thresholds_are_recorded_on_windows_that_routers_were_not_fitted_to(
+    calibrator, trained, recorded, params, windows, monkeypatch
+):
+    fitted = []
+
+    def start(trainer, variables):
+        fitted.append(trainer.windows)
+        return start_routers(trainer, variables)
+
+    monkeypatch.setattr(RouterTrainer, "start", start)
+    calibrator("run", Recorder()).calibrate(params, windows)
+    parts = [[row.tobytes() for row in part] for part in (fitted[0], recorded[0])]
+    assert [len(part) for part in parts] == [2, 2]
+    assert sorted(parts[0] + parts[1]) == sorted(row.tobytes() for row in windows)  # each in one of the two

@@ -1,19 +1,27 @@
 """Routers fitted to gains: the gains against float64, the theory against a divergence, the fit against the truth."""
 
+import dataclasses
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from mobiquant_jax.analysis.depth_table import forward_at
+from mobiquant_jax.analysis.divergence import kullback_leibler
+from mobiquant_jax.calibration import CalibrationConfig
 from mobiquant_jax.calibration.gains import scored_matmul
-from mobiquant_jax.calibration.routers import RouterTrainer, magnitude_router, with_routers
+from mobiquant_jax.calibration.routers import RouterTrainer, magnitude_router, routers_of, with_routers
+from mobiquant_jax.models.elastic import ElasticConfig
 from mobiquant_jax.quant import round_to_nearest
 from mobiquant_jax.routing import Router, depth_masks, score
 
 IN, OUT, SLICES = 16, 6, 4
 PRICES = (0.5, 1.0, 3.0)
 STEPS = 1500
+BELOW = -12.0
 
 
 @pytest.fixture
@@ -96,7 +104,7 @@ def model(random_elastic, elastic):
 @pytest.fixture(scope="module")
 def trainer(model, recipe):
     windows = np.random.default_rng(62).integers(0, 61, (4, 16)).astype(np.int32)
-    calibration = recipe(end_batch_size=2, fit_epochs=3, fit_lr=3e-3)
+    calibration = recipe(fit_batch_size=2, fit_epochs=3, fit_lr=3e-3)
     return RouterTrainer(model=model, calibration=calibration, windows=windows)
 
 
@@ -143,3 +151,55 @@ def test_a_step_that_is_not_finite_is_left_out(model, trainer, start):
     state, healthy = trainer.epoch(start(), poisoned, 0)
     assert not healthy
     jax.tree.map(np.testing.assert_array_equal, state.routers, start().routers)
+
+
+@pytest.fixture(scope="module")
+def gains_of(random_elastic):
+    """``(bits, draws) -> [L, N, E-1]``: the mean gain of every slice, of a model whose linears differ in size."""
+    elastic = ElasticConfig(group_size=8, slice_bits=(4, 2, 2), router_hidden_size=4, budget_grid=(4.0, 5.0, 8.0))
+    model = random_elastic(61, elastic, vocab_size=61, hidden_size=16, intermediate_size=40, num_attention_heads=2)
+    tokens = np.random.default_rng(64).integers(0, 61, (16, 8)).astype(np.int32)
+    calibration = CalibrationConfig(windows=16, window_length=8, budgets=(8.0,), threshold_windows=1)
+    trainer = RouterTrainer(model=model, calibration=calibration, windows=tokens)
+
+    def flat(router):
+        """Scores every token of every slice far below its gain."""
+        zeros = jax.tree.map(jnp.zeros_like, router)
+        return dataclasses.replace(zeros, output_bias=jnp.full_like(router.output_bias, BELOW))
+
+    routers = jax.tree.map(flat, routers_of(model.variables), is_leaf=lambda node: isinstance(node, Router))
+    gradients = jax.jit(trainer._gradients)
+
+    def measure(bits, draws):
+        found = [gradients(routers, model.variables, (tokens, np.float32(bits), np.uint32(n))) for n in range(draws)]
+        biases = jax.tree.map(lambda *leaves: 1 - np.mean(leaves, axis=0), *found)  # mean(gain) / exp(BELOW)
+        paths = (path.split("/") for path in model.config.linear_shapes())
+        return np.exp(BELOW) * np.stack([biases[part][name]["router"].output_bias for part, name in paths], axis=1)
+
+    return model, tokens, measure
+
+
+def test_gains_predict_what_reading_one_linear_at_fewer_bits_costs(gains_of):
+    """Against exact divergences, around the model at full depth; linears of all sizes on one scale."""
+    model, tokens, measure = gains_of
+    shapes = model.config.linear_shapes()
+    layers, linears, slices = model.config.num_hidden_layers, len(shapes), 3
+    full = jnp.full((layers, linears), slices)
+    reference = jax.nn.log_softmax(forward_at(model, model.variables, tokens, full))
+    cost = jax.jit(lambda table: kullback_leibler(reference, forward_at(model, model.variables, tokens, table)))
+    places = itertools.product(range(layers), range(linears), (1, 2))
+    exact = np.reshape([cost(full.at[i, n].set(depth)) for i, n, depth in places], (layers, linears, 2))
+
+    sizes = np.array([rows * columns for rows, columns in shapes.values()])
+    prices = 2 * (sizes / sizes.mean())[:, None]  # both slices have two bits
+    removed = measure(8.0, 30) * prices
+    predicted = np.stack([removed.sum(axis=-1), removed[..., 1]], axis=-1)  # depth 1 lacks both slices
+    ratio = predicted / exact
+    print(np.round(ratio, 2))
+    assert 0.5 < ratio.min() and ratio.max() < 1.5
+    assert np.exp(np.mean(np.log(ratio))) == pytest.approx(1.0, abs=0.25)
+
+
+def test_gains_are_those_of_the_model_at_the_depths_of_a_step(gains_of):
+    measure = gains_of[2]
+    assert np.abs(np.log(measure(4.0, 2) / measure(8.0, 2))).max() > 0.01

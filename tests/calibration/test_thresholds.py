@@ -57,9 +57,9 @@ def bits_at(scores, threshold, slice_bits):
 
 def test_every_linear_meets_every_budget(model, sown):
     seen = []
-    variables = record_thresholds(model, WINDOWS, "linear", seen.append)
+    variables = record_thresholds(model, WINDOWS, "linear", lambda bits, left: seen.append((bits, left)))
     slice_bits, grid = model.elastic.slice_bits, model.elastic.budget_grid
-    assert tuple(seen) == grid
+    assert seen == list(zip(reversed(grid), range(len(grid) - 1, -1, -1), strict=True))
     assert variables["slices"] is model.variables["slices"]
     recorded = tables(variables)
     for entry in INNER:

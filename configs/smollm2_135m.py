@@ -43,7 +43,7 @@ def get_config() -> ConfigDict:
     config.calibration.first_epochs = 1
     config.calibration.joint_epochs = 0
     config.calibration.end_epochs = 3
-    config.calibration.end_weight_lr = 2e-4
+    config.calibration.end_weight_lr = 1.5e-4
     config.calibration.fit_epochs = 1
     config.calibration.fit_batch_size = 4
     config.calibration.threshold_windows = 4

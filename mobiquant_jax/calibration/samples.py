@@ -53,8 +53,12 @@ class Samples:
 
 
 def spread_budgets(budgets: tuple[float, ...], steps: int, rng: np.random.Generator) -> Float[np.ndarray, " steps"]:
-    """A budget for each step, in random order; each as often as another, give or take one."""
-    return rng.permutation(np.resize(rng.permutation(np.asarray(budgets, np.float32)), steps))
+    """A budget for each step: every one comes once, in random order, before any comes again.
+
+    The last steps of training then hold them all, and no width is the one that the others spoil.
+    """
+    rounds = -(-steps // len(budgets))
+    return np.concatenate([rng.permutation(np.asarray(budgets, np.float32)) for _ in range(rounds)])[:steps]
 
 
 def draw_widths(

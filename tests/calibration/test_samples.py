@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mobiquant_jax.calibration import CalibrationConfig
-from mobiquant_jax.calibration.samples import Samples, draw_widths
+from mobiquant_jax.calibration.samples import Samples, draw_widths, spread_budgets
 
 BUDGETS = (2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
 
@@ -76,3 +76,16 @@ def test_each_step_draws_for_its_own_budget():
     assert np.all(drawn[:, 0] == 2) and np.all(drawn[:, 2] == 8)
     assert set(np.unique(drawn[:, 1])) == {4, 6}
     np.testing.assert_array_equal(drawn.ravel(), draw_widths(bits, (2, 2, 2, 2), np.random.default_rng(3)))
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4, 11])
+def test_every_budget_comes_once_before_any_comes_again(steps):
+    budgets = (2.0, 3.0, 4.0, 8.0)
+    rng = np.random.default_rng()
+    found = spread_budgets(budgets, steps, rng)
+    assert found.shape == (steps,)
+    for first in range(0, steps - 3, 4):
+        assert sorted(found[first : first + 4]) == list(budgets)
+    assert len(set(found[len(found) // 4 * 4 :])) == steps % 4
+    firsts = {float(spread_budgets(budgets, 1, rng)[0]) for _ in range(100)}
+    assert firsts == set(budgets)  # a short plan prefers none

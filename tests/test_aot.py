@@ -31,7 +31,7 @@ CONFIG = LlamaConfig(
     head_dim=16,
 )
 ELASTIC = ElasticConfig(group_size=32, router_hidden_size=8)
-CALIBRATION = CalibrationConfig(windows=16, window_length=16, batch_size=2)
+CALIBRATION = CalibrationConfig(windows=16, threshold_windows=8, window_length=16, batch_size=2)
 
 
 def local_bytes(arguments):

@@ -1,10 +1,10 @@
-"""Calibrates a model into one elastic checkpoint and shows its perplexity at every average bit width.
+r"""Calibrates a model into one elastic checkpoint and shows its perplexity at every average bit width.
 
 python experiments/calibrate.py --config=configs/smollm2_135m.py
 python experiments/calibrate.py --config=configs/smollm2_135m.py --resume
 python experiments/calibrate.py --config=configs/smollm2_135m.py --config.quant.group_size=32 --overwrite
 python experiments/calibrate.py --config=configs/llama3_8b.py --config.mesh.data=2 --config.mesh.model=4 \
-    --config.calibration.batch_size=2 --config.calibration.end_batch_size=2
+    --config.calibration.batch_size=2 --config.calibration.fit_batch_size=2
 
 On several hosts, start the same command on each: Slurm, Kubernetes and TPU pods say which one it is, or --coordinator,
 --processes and --process do.
@@ -60,13 +60,8 @@ PROFILE_BLOCK = flags.DEFINE_integer("profile_block", None, "trace the training 
 TENSORBOARD = flags.DEFINE_boolean("tensorboard", False, "write the metrics to an event file in run_dir as well")
 JOIN_JOB = distributed.define_flags()
 
-_OUTCOME = (
-    "evaluation.",
-    "mesh.",
-    "run_dir",
-    "calibration.streams",
-    "calibration.end_save_seconds",
-)  # fields that may change when a run is resumed
+# Fields that may change when a run is resumed.
+_OUTCOME = ("evaluation.", "mesh.", "run_dir", "calibration.streams", "calibration.end_save_seconds")
 SENTENCE = (
     "The capital of France is Paris, and a list comprehension such as [x**2 for x in range(10)] returns ten squares."
 )

@@ -27,7 +27,6 @@ from mobiquant_jax.io.dequantized import open_dequantized
 from mobiquant_jax.io.safetensors import FILE_DTYPES, NUMPY_DTYPES
 from mobiquant_jax.provenance import peak_host_bytes, provenance
 
-FLAGS = flags.FLAGS
 FROM = flags.DEFINE_string("from", None, "Hugging Face folder, GGUF file, package:NAME or checkpoint of this package")
 TO = flags.DEFINE_string("to", None, "the Hugging Face folder to write; it must be new or empty")
 DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "type of the written weights")
@@ -41,9 +40,8 @@ def main(argv: list[str]) -> None:
     start = time.perf_counter()
     if not FROM.value or not TO.value:
         raise ValueError("--from=MODEL and --to=FOLDER are required")
-    output = JSON.value and RecordFile(
-        path=Path(JSON.value), name="conversions", key=("source", "dtype", "layers", "bytes")
-    )
+    key = ("source", "dtype", "layers", "bytes")
+    output = JSON.value and RecordFile(path=Path(JSON.value), name="conversions", key=key)
     if output:
         output.read()  # a mistaken file is found now and not after the conversion
     source = resolve(FROM.value)

@@ -39,6 +39,7 @@ OVERWRITE = flags.DEFINE_boolean("overwrite", False, "replace the file")
 
 _SETTINGS = ("calibration.", "quant.", "router.")  # sections of a run's config that tell recipes apart
 _SEED = "calibration.seed"
+_RECORDED = {"config", "model", "data"}
 
 
 def main(_: list[str]) -> None:
@@ -89,6 +90,8 @@ def _read_runs(folders: Sequence[Path]) -> dict[Path, dict[str, Any]]:
                 raise FileNotFoundError(f"--runs: '{folder}' holds no finished run (no {name})")
         seconds = read_json_object(folder / "result.json").get("calibration_seconds")
         records[folder] = read_json_object(folder / "run.json") | {"seconds": seconds}
+        if not records[folder].keys() >= _RECORDED:
+            raise ValueError(f"--runs: '{folder / 'run.json'}' is no record of calibrate.py")
         if _identity(records[folder]) != _identity(records[folders[0]]):
             raise ValueError(f"--runs: '{folder}' is of another model, other data or another group size than the first")
     return records

@@ -13,7 +13,7 @@ from mobiquant_jax.analysis import policies_table
 from mobiquant_jax.aot import render_table
 from mobiquant_jax.benchmark import summary
 from mobiquant_jax.config_flags import run
-from mobiquant_jax.evaluation import markdown_table, mesh_table
+from mobiquant_jax.evaluation import markdown_table
 from mobiquant_jax.files import read_json_object
 from mobiquant_jax.io.conversion import conversions_table
 
@@ -53,8 +53,6 @@ def table(result: dict[str, Any]) -> str:
         return summary(result)
     if "conversions" in result:
         return conversions_table(result["conversions"])
-    if "meshes" in result:
-        return mesh_table(result["meshes"])
     if "compiled" in result:
         return render_table(result["compiled"])
     return policies_table(result) if "policies" in result else markdown_table(result)

@@ -143,7 +143,7 @@ def load_texts(options: Sequence[str], window_length: int, model: ElasticModel) 
     """
     if window_length > model.config.max_position_embeddings:
         raise ValueError(
-            f"evaluation.window_length={window_length} exceeds the model's context of "
+            f"window_length={window_length} exceeds the model's context of "
             f"{model.config.max_position_embeddings} tokens"
         )
     texts: dict[str, np.ndarray] = {}

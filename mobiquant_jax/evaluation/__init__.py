@@ -13,7 +13,7 @@ from mobiquant_jax.evaluation.perplexity import (
     perplexity_step,
     summed_nll,
 )
-from mobiquant_jax.evaluation.report import curve_rows, format_table, markdown_table, mesh_table, plot_curve, write_json
+from mobiquant_jax.evaluation.report import curve_rows, format_table, markdown_table, plot_curve, write_json
 from mobiquant_jax.evaluation.token_bits import (
     TokenBits,
     format_token_bits,
@@ -36,7 +36,6 @@ __all__ = [
     "format_token_bits",
     "markdown_table",
     "measure_token_bits",
-    "mesh_table",
     "parse_bits",
     "perplexity_curve",
     "perplexity_of",

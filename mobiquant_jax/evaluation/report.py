@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MultipleLocator, NullFo
 
 from mobiquant_jax.evaluation.perplexity import PerplexityResult
 from mobiquant_jax.files import save_json
-from mobiquant_jax.provenance import origins, short_commit
+from mobiquant_jax.provenance import short_commit
 
 STYLE: dict[Any, Any] = {"font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False}
 LOG_RATIO = 4.0  # a curve that spans more than this is drawn on a logarithmic axis
@@ -98,28 +98,6 @@ def markdown_table(result: dict[str, Any]) -> str:
         f"host memory; {', '.join(origin['devices'])}, {origin['cores']} cores; Python {origin['python']}, {versions}."
     )
     return "\n".join([*rows, "", source])
-
-
-def mesh_table(results: Sequence[dict[str, Any]]) -> str:
-    """The ``result.json`` of one calibration on several meshes as Markdown.
-
-    Args:
-      results: a run each, all with the same bits measured.
-
-    Returns:
-      A row a run: perplexities, and the host memory of the process that held most.
-    """
-    bits = ["unquantized" if row["bits"] is None else f"{row['bits']:g} bits" for row in results[0]["curve"]]
-    lines = [
-        f"| data x fsdp x model | processes | {' | '.join(bits)} | GB of host memory a process |",
-        "|---" * (3 + len(bits)) + "|",
-    ]
-    for result in results:
-        mesh = " x ".join(str(result["mesh"][axis]) for axis in ("data", "fsdp", "model"))
-        found = (row["perplexity"] for row in result["curve"])
-        curve = " | ".join("not finite" if value is None else f"{value:.4f}" for value in found)
-        lines.append(f"| {mesh} | {result['processes']} | {curve} | {result['peak_gb']:.2f} |")
-    return "\n".join([*lines, "", *origins("experiments/calibrate.py", results)])
 
 
 def plot_curve(path: str | Path, results: Sequence[PerplexityResult], title: str) -> None:

@@ -15,7 +15,6 @@ from mobiquant_jax.evaluation import (
     format_table,
     format_token_bits,
     measure_token_bits,
-    mesh_table,
     plot_curve,
     plot_token_bits,
     write_json,
@@ -152,18 +151,3 @@ def test_token_bits_mistakes_are_named():
         measure_token_bits(BitsOfTheToken(), Bytes(), "a", 1.0)
     with pytest.raises(ValueError, match="2 tokens but 1 values"):
         TokenBits(pieces=("a", "b"), bits=(2.0,))
-
-
-def test_meshes_are_a_row_each():
-    origin = {"commit": "0123456789", "devices": ["cpu"], "cores": 2, "versions": {"jax": "1.2"}}
-    curve = [{"bits": bits, "perplexity": value} for bits, value in ((2.5, None), (8.0, 31.25), (None, 30.0))]
-    one = {"mesh": {"data": 1, "fsdp": 1, "model": 1}, "processes": 1, "curve": curve, "peak_gb": 0.654}
-    eight = one | {"mesh": {"data": 2, "model": 1, "fsdp": 4}, "processes": 2, "peak_gb": 1.5}
-    assert mesh_table([result | {"provenance": origin} for result in (one, eight)]).splitlines() == [
-        "| data x fsdp x model | processes | 2.5 bits | 8 bits | unquantized | GB of host memory a process |",
-        "|---|---|---|---|---|---|",
-        "| 1 x 1 x 1 | 1 | not finite | 31.2500 | 30.0000 | 0.65 |",
-        "| 2 x 4 x 1 | 2 | not finite | 31.2500 | 30.0000 | 1.50 |",
-        "",
-        "`experiments/calibrate.py` at 0123456: cpu, 2 cores; jax 1.2.",
-    ]

@@ -42,6 +42,7 @@ RECIPE = (
     "router_lr=2e-3",
     "end_epochs=3",
     "fit_epochs=2",
+    "fit_batch_size=8",
     "end_batch_size=8",
     "end_save_seconds=0",
 )

@@ -39,7 +39,8 @@ OVERWRITE = flags.DEFINE_boolean("overwrite", False, "replace the file")
 
 _SETTINGS = ("calibration.", "quant.", "router.")  # sections of a run's config that tell recipes apart
 _SEED = "calibration.seed"
-_RECORDED = {"config", "model", "data"}
+_GROUP_SIZE = "quant.group_size"
+_RECORDED, _NEEDED = {"config", "model", "data"}, {_SEED, _GROUP_SIZE}
 
 
 def main(_: list[str]) -> None:
@@ -90,7 +91,8 @@ def _read_runs(folders: Sequence[Path]) -> dict[Path, dict[str, Any]]:
                 raise FileNotFoundError(f"--runs: '{folder}' holds no finished run (no {name})")
         seconds = read_json_object(folder / "result.json").get("calibration_seconds")
         records[folder] = read_json_object(folder / "run.json") | {"seconds": seconds}
-        if not records[folder].keys() >= _RECORDED:
+        config = records[folder].get("config")
+        if not records[folder].keys() >= _RECORDED or not isinstance(config, dict) or not config.keys() >= _NEEDED:
             raise ValueError(f"--runs: '{folder / 'run.json'}' is no record of calibrate.py")
         if _identity(records[folder]) != _identity(records[folders[0]]):
             raise ValueError(f"--runs: '{folder}' is of another model, other data or another group size than the first")
@@ -102,7 +104,7 @@ def _identity(record: dict[str, Any]) -> dict[str, Any]:
     return {
         "model": record["model"],
         "calibration": record["data"],
-        "group_size": record["config"]["quant.group_size"],
+        "group_size": record["config"][_GROUP_SIZE],
     }
 
 

@@ -126,8 +126,9 @@ class CalibrationConfig:
             raise ValueError(f"calibration.fit_batch_size={self.fit_batch_size} must be at least 1")
         fitted = self.fit_batch_size if self.recipe == "elastic" else 0  # windows that fitting the routers needs
         if not 1 <= self.threshold_windows <= self.windows - fitted:
+            beside = f", beside fit_batch_size={fitted} of windows={self.windows}" if fitted else ""
             raise ValueError(
-                f"calibration.threshold_windows={self.threshold_windows} is outside 1..{self.windows - fitted}"
+                f"calibration.threshold_windows={self.threshold_windows} is outside 1..{self.windows - fitted}{beside}"
             )
 
     def check_slices(self, slice_bits: tuple[int, ...]) -> None:

@@ -39,11 +39,20 @@ from mobiquant_jax.calibration.config import Stage, stages
         (dict(end_batch_size=129), "calibration.end_batch_size=129 is outside 1..128"),
         (dict(temperature=0.0), "calibration.temperature=0.0 must be positive"),
         (dict(temperature=float("nan")), "calibration.temperature=nan must be positive"),
-        (dict(threshold_windows=0), "calibration.threshold_windows=0 is outside 1..127"),
-        (dict(threshold_windows=128), "calibration.threshold_windows=128 is outside 1..127"),
+        (
+            dict(threshold_windows=0),
+            "calibration.threshold_windows=0 is outside 1..127, beside fit_batch_size=1 of windows=128",
+        ),
+        (
+            dict(threshold_windows=128),
+            "calibration.threshold_windows=128 is outside 1..127, beside fit_batch_size=1 of windows=128",
+        ),
         (dict(threshold_windows=129, recipe="paper"), "calibration.threshold_windows=129 is outside 1..128"),
         (dict(fit_batch_size=0), "calibration.fit_batch_size=0 must be at least 1"),
-        (dict(fit_batch_size=113), "calibration.threshold_windows=16 is outside 1..15"),
+        (
+            dict(fit_batch_size=113),
+            "calibration.threshold_windows=16 is outside 1..15, beside fit_batch_size=113 of windows=128",
+        ),
         *(
             ({name: -1e-3}, f"calibration.{name}=-0.001 must be finite and not negative")
             for name in ("weight_lr", "clipping_lr", "router_lr", "end_weight_lr", "end_clipping_lr", "fit_lr")

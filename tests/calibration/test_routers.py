@@ -157,7 +157,7 @@ def test_a_step_that_is_not_finite_is_left_out(model, trainer, start):
 def gains_of(random_elastic):
     """``(bits, draws) -> [L, N, E-1]``: the mean gain of every slice, of a model whose linears differ in size."""
     elastic = ElasticConfig(group_size=8, slice_bits=(4, 2, 2), router_hidden_size=4, budget_grid=(4.0, 5.0, 8.0))
-    model = random_elastic(61, elastic, vocab_size=61, hidden_size=16, intermediate_size=40, num_attention_heads=2)
+    model = random_elastic(61, elastic, vocab_size=61, hidden_size=16, intermediate_size=160, num_attention_heads=2)
     tokens = np.random.default_rng(64).integers(0, 61, (16, 8)).astype(np.int32)
     calibration = CalibrationConfig(windows=16, window_length=8, budgets=(8.0,), threshold_windows=1)
     trainer = RouterTrainer(model=model, calibration=calibration, windows=tokens)
@@ -195,9 +195,9 @@ def test_gains_predict_what_reading_one_linear_at_fewer_bits_costs(gains_of):
     removed = measure(8.0, 30) * prices
     predicted = np.stack([removed.sum(axis=-1), removed[..., 1]], axis=-1)  # depth 1 lacks both slices
     ratio = predicted / exact
-    print(np.round(ratio, 2))
+    print(np.round(ratio, 2), np.exp(np.mean(np.log(ratio))))
     assert 0.5 < ratio.min() and ratio.max() < 1.5
-    assert np.exp(np.mean(np.log(ratio))) == pytest.approx(1.0, abs=0.25)
+    assert np.exp(np.mean(np.log(ratio))) == pytest.approx(1.0, abs=0.2)
 
 
 def test_gains_are_those_of_the_model_at_the_depths_of_a_step(gains_of):

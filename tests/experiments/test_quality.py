@@ -68,8 +68,9 @@ def test_runs_that_are_not_finished_or_not_alike_are_named(runs, score):
     assert result.returncode == 2
     message = f"error: --runs: '{runs}/1' is of another model, other data or another group size than the first\n"
     assert result.stderr == message and not (runs / "rows.json").exists()
-    (runs / "1" / "run.json").write_text("{}")
-    assert score().stderr == f"error: --runs: '{runs}/1/run.json' is no record of calibrate.py\n"
+    for content in ("{}", '{"config": {}, "model": "m", "data": "d"}', '{"config": 1, "model": "m", "data": "d"}'):
+        (runs / "1" / "run.json").write_text(content)
+        assert score().stderr == f"error: --runs: '{runs}/1/run.json' is no record of calibrate.py\n"
     (runs / "1" / "result.json").unlink()
     result = score()
     assert result.stderr == f"error: --runs: '{runs}/1' holds no finished run (no result.json)\n"

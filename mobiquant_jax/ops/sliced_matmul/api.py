@@ -40,8 +40,8 @@ def sliced_matmul(
         layer: index into stacked layers, which the kernels read in place; a `TiledWeight` has one layer if None.
         implementation: ``"reference"`` (one matmul a depth), ``"grouped"`` (tokens sorted by depth), ``"gpu"`` (CUDA
             kernels on a `TiledWeight`) or ``"tpu"`` (Pallas, on a `SlicedWeight`). By default the platform's kernel
-            where the weight is in its layout, else grouped where there are enough tokens to fill tiles; what the
-            kernels cannot do falls back with one notice.
+            where the weight is in its layout, else grouped where there are enough tokens to fill tiles and this is no
+            GPU; what the kernels cannot do falls back with one notice.
         dtype: of the result.
 
     Returns:
@@ -129,7 +129,9 @@ def _xla(
     implementation: Implementation | None,
 ) -> Float[Array, "N out"]:
     if implementation is None:
-        implementation = "grouped" if rows.shape[0] >= 2 * grouped.TILE else "reference"
+        # On a GPU the choice of a tile's kernel is a round trip to the host: every product at once is faster.
+        sorts = rows.shape[0] >= 2 * grouped.TILE and jax.default_backend() != "gpu"
+        implementation = "grouped" if sorts else "reference"
     if layer is not None:
         weight = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer), weight)
         stacks = untile_weight(weight) if isinstance(weight, TiledWeight) else (weight,)

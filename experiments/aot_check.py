@@ -3,8 +3,9 @@
     python experiments/aot_check.py --config=configs/llama3_8b.py --topology=v5e:2x4 --tp=8
     python experiments/aot_check.py --config=configs/llama3_70b.py --topology=v5p:4x4x4 --tp=8 --output=results/aot.json
 
-Needs no accelerator, but the TPU compiler: pip install 'mobiquant_jax[tpu]'. Calibration runs
---config.calibration.batch_size windows a step: fewer than data x fsdp leave chips without windows of their own.
+Needs no accelerator, but the TPU compiler: pip install 'mobiquant_jax[tpu]'. Training runs the recipe's windows a step
+(--config.calibration.batch_size, end_batch_size, fit_batch_size): fewer than data x fsdp leave chips without windows
+of their own. End-to-end tuning is part of the recipe where --config.calibration.end_epochs is positive.
 """
 
 import dataclasses
@@ -21,12 +22,13 @@ from mobiquant_jax.aot import (
     GIB,
     DoesNotFit,
     Program,
-    calibration_program,
     compile_for,
     render_table,
     serving_programs,
     tpu_mesh,
+    training_programs,
 )
+from mobiquant_jax.aot.table import KEY
 from mobiquant_jax.config_flags import define_config, run
 from mobiquant_jax.experiment import load_architecture, load_calibration, load_elastic
 from mobiquant_jax.files import RecordFile
@@ -38,10 +40,12 @@ TP = flags.DEFINE_integer("tp", 1, "chips that share each head and feed-forward 
 FSDP = flags.DEFINE_integer("fsdp", 1, "chips that share the parameters otherwise (mesh axis fsdp)")
 BATCH = flags.DEFINE_integer("batch", 8, "sequences of prefill and decoding")
 CONTEXT = flags.DEFINE_integer("context", 2048, "tokens of each sequence")
-_KEY = ("model", "topology", "mesh")
-PROGRAMS = ("calibration", "prefill", "decode")
-ONLY = flags.DEFINE_list("programs", list(PROGRAMS), "which to compile")
-OUTPUT = flags.DEFINE_string("output", None, "JSON file whose record of this model, topology and mesh is replaced")
+ONLY = flags.DEFINE_list(
+    "programs",
+    None,
+    "which to compile of calibration, tuning, fitting, prefill, decode; all of the recipe if not given",
+)
+OUTPUT = flags.DEFINE_string("output", None, "JSON file whose records of these programs on this mesh are replaced")
 
 
 def main(_: list[str]) -> None:
@@ -49,57 +53,62 @@ def main(_: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")
     if TOPOLOGY.value is None:
         raise ValueError("--topology=KIND:SHAPE is required, e.g. --topology=v5e:2x4")
-    if unknown := set(ONLY.value) - set(PROGRAMS):
-        raise ValueError(f"--programs: {sorted(unknown)[0]!r} is none of {', '.join(PROGRAMS)}")
-    output = RecordFile(path=Path(OUTPUT.value), name="compiled", key=_KEY) if OUTPUT.value else None
+    output = RecordFile(path=Path(OUTPUT.value), name="compiled", key=KEY) if OUTPUT.value else None
     if output:
         output.read()  # a mistaken file is found before minutes of compilation, not after
-    config = CONFIG.value
-    architecture = load_architecture(config)
-    elastic = load_elastic(config)
-    calibration = load_calibration(config)
+    name = Path(CONFIG.value.run_dir).name
     mesh = tpu_mesh(TOPOLOGY.value, tp=TP.value, fsdp=FSDP.value)
     chip = CHIPS[TOPOLOGY.value.partition(":")[0]]
-    programs = [
-        calibration_program(architecture, elastic, calibration, mesh),
-        *serving_programs(architecture, elastic, mesh, batch=BATCH.value, context=CONTEXT.value),
-    ]
-    name = Path(config.run_dir).name
+    programs = _programs(mesh)
     print(f"{name} on {mesh.size} chips of {TOPOLOGY.value}: " + ", ".join(f"{a}={n}" for a, n in mesh.shape.items()))
-    record: dict[str, Any] = {
-        "model": name,
-        "topology": TOPOLOGY.value,
-        "mesh": list(mesh.shape.values()),
-        "chip_memory": chip.memory,
-        "batch": BATCH.value,
-        "context": CONTEXT.value,
-        "calibration_batch": calibration.batch_size,
-        "programs": [],
-        "provenance": {**provenance(), "libtpu": importlib.metadata.version("libtpu")},
-    }
-    refused = []
+    origin = {**provenance(), "libtpu": importlib.metadata.version("libtpu")}
+    records, refused = [], []
     for program in programs:
-        if program.name not in ONLY.value:
-            continue
         try:
-            record["programs"].append(_compile(program, mesh, chip.memory))
+            found = _compile(program, mesh, chip.memory)
         except DoesNotFit as error:
             print(error, flush=True)
             refused.append(str(error))
-            needs = {"program": program.name, "memory": error.needed}
-            record["programs"].append(needs | dict.fromkeys(("flops", "bytes_accessed", "seconds")))
+            found = {"memory": error.needed} | dict.fromkeys(("flops", "bytes_accessed", "seconds"))
+        record = {
+            "model": name,
+            "topology": TOPOLOGY.value,
+            "mesh": list(mesh.shape.values()),
+            "program": program.name,
+            "batch": program.batch,
+            "tokens": program.tokens,
+            "chip_memory": chip.memory,
+            **found,
+            "provenance": origin,
+        }
+        records.append(record)
         if output:  # each program is kept once it is known
             output.save(record)
-    print(render_table([record]))
+    print(render_table(records))
     if refused:
         raise ValueError("; ".join(refused))
+
+
+def _programs(mesh: Mesh) -> list[Program]:
+    """Those of the recipe and of serving, or the ones that were asked for."""
+    config = CONFIG.value
+    model = (load_architecture(config), load_elastic(config))
+    programs = [
+        *training_programs(*model, load_calibration(config), mesh),
+        *serving_programs(*model, mesh, batch=BATCH.value, context=CONTEXT.value),
+    ]
+    names = [program.name for program in programs]
+    wanted = names if ONLY.value is None else ONLY.value
+    if unknown := [name for name in wanted if name not in names]:
+        raise ValueError(f"--programs: {unknown[0]!r} is none of this recipe's, {', '.join(names)}")
+    return [program for program in programs if program.name in wanted]
 
 
 def _compile(program: Program, mesh: Mesh, memory: int) -> dict[str, Any]:
     """Compiles a program and prints a line."""
     found = compile_for(program, mesh, memory)
     print(
-        f"{found.program:12s} {found.memory / GIB:6.2f} of {memory / GIB:.0f} GiB a chip, "
+        f"{program.name:12s} {found.memory / GIB:6.2f} of {memory / GIB:.0f} GiB a chip, "
         f"{found.flops / 1e12:8.3f} TFLOP, {found.bytes_accessed / 1e9:8.2f} GB moved, "
         f"compiled in {found.seconds:.1f} s",
         flush=True,

@@ -134,6 +134,16 @@ class EndToEndTrainer:
             state, divergences, healthy = self._epoch(state, dense, plan)
         return state, float(np.mean(jax.device_get(divergences))), bool(healthy)
 
+    @property
+    def abstract_epoch(self) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
+        """The program of an epoch and its arguments as shapes, types and shardings."""
+        shape = (self._steps, self.calibration.end_batch_size, self.windows.shape[1])
+        plan = (
+            jax.ShapeDtypeStruct(shape, self.windows.dtype, sharding=self.placement.batched(shape, dim=1)),
+            jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=self.placement.replicated),
+        )
+        return self._epoch, (self.abstract_state, self.placement.abstract(self._abstract_dense), plan)
+
     def _draw_windows(self, rng: np.random.Generator) -> Int[np.ndarray, "W T"]:
         """The share of generated windows that the recipe wants, the rest calibration text; shuffled."""
         share = self.calibration.end_generated_share if len(self.generated) else 0.0
@@ -153,7 +163,7 @@ class EndToEndTrainer:
         return optax.chain(optax.clip_by_global_norm(1.0), adamw)
 
     @cached_property
-    def _epoch(self) -> Callable[..., Any]:
+    def _epoch(self) -> jax.stages.Wrapped:
         """Jitted: one epoch as a scan over steps. A step with a non-finite loss or gradient changes nothing."""
         teacher: Callable[..., Any] = Llama(self.config, dtype=self.dtype).apply
 

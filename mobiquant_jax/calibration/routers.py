@@ -86,7 +86,7 @@ class RouterTrainer:
     """Fits routers. Call it under ``jax.set_mesh`` of the model's mesh.
 
     Attributes:
-        model: the elastic model; its dtype is that of the matmuls.
+        model: the elastic model; its dtype is that of the matmuls, and of its variables only shapes are read.
         calibration: the recipe.
         windows: calibration tokens, ``[W, T]``.
     """
@@ -132,6 +132,18 @@ class RouterTrainer:
         with jax.transfer_guard("disallow"):
             state, healthy = self._epoch(state, variables, plan)
         return state, bool(healthy)
+
+    @property
+    def abstract_epoch(self) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
+        """The program of an epoch and its arguments as shapes, types and shardings; a model of shapes will do."""
+        batch, whole = self.calibration.fit_batch_size, self.placement.replicated
+        shape = (self._steps, batch, self.windows.shape[1])
+        plan = (
+            jax.ShapeDtypeStruct(shape, self.windows.dtype, sharding=self.placement.batched(shape, dim=1)),
+            jax.ShapeDtypeStruct(shape[:1], jnp.float32, sharding=whole),
+            jax.ShapeDtypeStruct(shape[:1], jnp.uint32, sharding=whole),
+        )
+        return self._epoch, (self.abstract_state, self.model.variables, plan)
 
     @property
     def _state_shardings(self) -> RouterState:
@@ -209,7 +221,7 @@ class RouterTrainer:
         return jax.jit(begin, out_shardings=self._state_shardings)
 
     @cached_property
-    def _epoch(self) -> Callable[..., tuple[RouterState, Array]]:
+    def _epoch(self) -> jax.stages.Wrapped:
         """Jitted: one epoch as a scan over steps. A step with a non-finite gradient changes nothing."""
 
         def epoch(state: RouterState, variables: Variables, plan: Any) -> tuple[RouterState, Array]:

@@ -117,3 +117,17 @@ def test_an_epoch_holds_the_share_of_generated_windows(make_tuner, windows, shar
     own = [row for row in drawn if row[0] >= 99]
     assert drawn.shape == windows.shape and len(own) == expected
     assert len({row.tobytes() for row in drawn}) == len(drawn)  # none twice
+
+
+def test_the_shapes_to_compile_ahead_for_are_those_of_an_epoch(make_tuner, start, params, monkeypatch):
+    tuner = make_tuner(end_batch_size=2)
+    _, shapes = tuner.abstract_epoch
+    given = []
+
+    def epoch(*arguments):
+        given.append(jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), arguments))
+        return arguments[0], np.zeros(2), True
+
+    monkeypatch.setitem(vars(tuner), "_epoch", epoch)
+    tuner.epoch(tuner.init(jax.tree.map(jnp.copy, start)), tuner.placement.put(params), 0)
+    assert given == [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), shapes)]

@@ -145,6 +145,15 @@ def test_an_epoch_moves_routers_only_and_is_determined_by_its_number(model, trai
     assert trainer._epoch._cache_size() == 1
 
 
+def test_the_shapes_to_compile_ahead_for_are_those_of_an_epoch(model, trainer, start):
+    def described(tree):
+        return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), tree)
+
+    program, shapes = trainer.abstract_epoch
+    assert program is trainer._epoch and shapes[1] is model.variables
+    assert described(shapes[::2]) == described((start(), trainer._plan(1, 2)))
+
+
 def test_a_step_that_is_not_finite_is_left_out(model, trainer, start):
     embedder = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), model.variables["params"]["embedder"])
     poisoned = {**model.variables, "params": {**model.variables["params"], "embedder": embedder}}

@@ -278,24 +278,55 @@ class Placement:
             linear: name of the linear, e.g. ``"q_proj"``.
             matmul: the kernel on local arrays.
         """
-        rows, columns = (tuple(axis for axis in self._axes(dim) or () if axis != FSDP) for dim in _LINEARS[linear])
+        rows, columns = self._kernel_axes(linear)
 
         def local(x: Array, weight: SlicedWeight, depth: Array) -> Array:
-            y = matmul(x, replace(weight, in_features=x.shape[-1]), depth)
-            return jax.lax.psum(y, rows) if rows else y
+            return _sum_over(rows, matmul(x, replace(weight, in_features=x.shape[-1]), depth))
 
         def apply(x: Float[Array, "B T in"], weight: SlicedWeight, depth: Array) -> Float[Array, "B T out"]:
             batch = _batch_axes(self.mesh, x.shape[0])
-            kernel = P(rows or None, columns or None)
             return jax.shard_map(
                 local,
                 mesh=self.mesh,
-                in_specs=(P(batch, None, rows or None), kernel, P(batch, None)),
-                out_specs=P(batch, None, columns or None),
+                in_specs=(P(batch, None, rows), P(rows, columns), P(batch, None)),
+                out_specs=P(batch, None, columns),
                 check_vma=False,  # custom kernels do not say which axes their results vary over
             )(x, weight, depth)
 
         return apply
+
+    def matmul_gradient(self, linear: str, gradient: Callable[..., Any]) -> Callable[..., Any]:
+        """Runs the backward pass of a `matmul` on each device's own shards, as the forward one runs.
+
+        It is ``(g [B, T, out], x [B, T, in], weight, masks [B, T, M]) -> (to_x [B, T, in], products [B, T, M])``, where
+        products are sums over inputs and outputs. Left to the compiler, it is what is summed up to them that devices
+        would exchange: an array of the inputs' size for each slice.
+
+        Args:
+            linear: name of the linear.
+            gradient: the function on local arrays.
+        """
+        rows, columns = self._kernel_axes(linear)
+
+        def local(g: Array, x: Array, weight: SlicedWeight, masks: Array) -> tuple[Array, Array]:
+            to_x, products = gradient(g, x, replace(weight, in_features=x.shape[-1]), masks)
+            return _sum_over(columns, to_x), _sum_over((*rows, *columns), products)
+
+        def apply(g: Array, x: Array, weight: SlicedWeight, masks: Array) -> tuple[Array, Array]:
+            batch = _batch_axes(self.mesh, x.shape[0])
+            return jax.shard_map(
+                local,
+                mesh=self.mesh,
+                in_specs=(P(batch, None, columns), P(batch, None, rows), P(rows, columns), P(batch)),
+                out_specs=(P(batch, None, rows), P(batch)),
+            )(g, x, weight, masks)
+
+        return apply
+
+    def _kernel_axes(self, linear: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The axes that split a linear's inputs and outputs while it multiplies."""
+        rows, columns = (tuple(axis for axis in self._axes(dim) or () if axis != FSDP) for dim in _LINEARS[linear])
+        return rows, columns
 
     def _axes(self, dim: str) -> tuple[str, ...] | None:
         """The axes of a dimension as a `PartitionSpec` takes them."""
@@ -340,6 +371,11 @@ def constrain_batch(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, P(_batch_axes(mesh, x.shape[0]), *[None] * (x.ndim - 1)))
+
+
+def _sum_over(axes: tuple[str, ...], x: Array) -> Array:
+    """The sum of a shard over mesh axes, inside ``jax.shard_map``."""
+    return jax.lax.psum(x, axes) if axes else x
 
 
 def _decide(mesh: Mesh | AbstractMesh, dim: str, size: int, unit: int) -> Split:

@@ -1,18 +1,20 @@
 """Placement on 8 fake devices: the same numbers as on one, whole groups and words, and specs of the large models."""
 
 import math
+import re
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mobiquant_jax import sharding
 from mobiquant_jax.calibration import CalibrationConfig
 from mobiquant_jax.calibration.config import stages
+from mobiquant_jax.calibration.gains import pull_back
 from mobiquant_jax.calibration.linears import trainable
 from mobiquant_jax.calibration.optimizer import grouped_adamw
 from mobiquant_jax.config_flags import load_config
@@ -21,6 +23,7 @@ from mobiquant_jax.models import KVCache, Llama, LlamaConfig
 from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel
 from mobiquant_jax.ops import sliced_matmul
 from mobiquant_jax.quant import SlicedWeight, round_to_nearest
+from mobiquant_jax.routing import depth_masks
 from mobiquant_jax.sharding import AXES, Placement, constrain_batch, make_mesh
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -117,6 +120,24 @@ def test_a_kernel_under_shard_map_equals_the_unsplit_one(mesh, model, linear, ba
     split_columns = columns // 2 if linear == "q_proj" else columns
     local_batch = 1 if batch == 4 else 3
     assert seen == [((local_batch, 5, split_rows), (split_rows // 32, split_columns), split_rows)]
+
+
+@pytest.mark.parametrize("linear", ["q_proj", "down_proj"])
+def test_the_backward_pass_of_gains_equals_the_unsplit_one(mesh, model, linear):
+    """And devices exchange sums of the inputs' size, not one for each slice."""
+    rows, columns = {path.split("/")[1]: shape for path, shape in model.config.linear_shapes().items()}[linear]
+    rng = np.random.default_rng()
+    weight = round_to_nearest(jnp.asarray(rng.normal(size=(rows, columns)), jnp.float32), 32)
+    x, g = (jnp.asarray(rng.normal(size=(4, 5, size)), jnp.float32) for size in (rows, columns))
+    masks = depth_masks(jnp.asarray(rng.integers(1, 5, (4, 5))), 4)
+    placement = Placement.create(mesh, model.config, model.elastic)
+    weight = jax.device_put(weight, NamedSharding(mesh, placement.spec((linear, "planes"), (rows, columns))))
+    split = jax.jit(placement.matmul_gradient(linear, pull_back)).lower(g, x, weight, masks).compile()
+    for found, expected in zip(split(g, x, weight, masks), pull_back(g, x, weight, masks), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    sums = re.findall(r"= (.*) all-reduce(?:-start)?\(", split.as_text())
+    sizes = [math.prod(map(int, shape.split(","))) for shape in re.findall(r"\[([\d,]+)\]", " ".join(sums))]
+    assert sizes and max(sizes) <= 1 * 5 * rows
 
 
 def test_groups_and_words_stay_whole():

@@ -32,7 +32,24 @@ from mobiquant_jax.quant import SlicedWeight
 from mobiquant_jax.routing import mask_depth
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def pull_back(
+    g: Float[Array, "B T out"], x: Float[Array, "B T in"], weight: SlicedWeight, masks: Float[Array, "B T E-1"]
+) -> tuple[Float[Array, "B T in"], Float[Array, "B T E-1"]]:
+    """A gradient with respect to the product, pulled back through the slices of the weight.
+
+    On a part of the weight these are partial sums: of the first over the outputs, of the second over the inputs too.
+
+    Returns:
+        The gradient with respect to the input, in float32, and ``g . x R_e`` of slices 2..E.
+    """
+    reads = jnp.stack([weight.dequantize(k) for k in range(1, len(weight.planes) + 1)])
+    residuals = jnp.diff(reads, axis=0, prepend=0.0)  # [E, in, out]
+    back = jnp.einsum("bto,eio->btei", g, residuals.astype(g.dtype), preferred_element_type=jnp.float32)
+    removed = jnp.einsum("btei,bti->bte", back[:, :, 1:], x.astype(jnp.float32))  # g . x R_e = x . (R_e g)
+    return back[:, :, 0] + jnp.einsum("btei,bte->bti", back[:, :, 1:], masks), removed
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def scored_matmul(
     x: Float[Array, "B T in"],
     weight: SlicedWeight,
@@ -40,6 +57,7 @@ def scored_matmul(
     scores: Float[Array, "B T E-1"],
     prices: tuple[float, ...],
     matmul: Callable[..., Array] = sliced_matmul,
+    pull: Callable[..., Any] = pull_back,
 ) -> Float[Array, "B T out"]:
     """``y[t] = x[t] @ W_{depth[t]}``, whose backward pass gives the scores the gradient of their own likelihood.
 
@@ -58,8 +76,9 @@ def scored_matmul(
         scores: of slices 2..E; the product does not depend on them.
         prices: what slices 2..E cost.
         matmul: `sliced_matmul`, or what stands for it on a mesh.
+        pull: `pull_back`, likewise.
     """
-    del scores, prices
+    del scores, prices, pull
     return matmul(x, weight, mask_depth(masks))
 
 
@@ -70,19 +89,22 @@ def _forward(
     scores: Array,
     prices: tuple[float, ...],
     matmul: Callable[..., Array],
+    pull: Callable[..., Any],
 ) -> Any:
-    return scored_matmul(x, weight, masks, scores, prices, matmul), (x, weight, masks, scores)
+    return scored_matmul(x, weight, masks, scores, prices, matmul, pull), (x, weight, masks, scores)
 
 
-def _backward(prices: tuple[float, ...], matmul: Callable[..., Array], saved: Any, g: Float[Array, "B T out"]) -> Any:
+def _backward(
+    prices: tuple[float, ...],
+    matmul: Callable[..., Array],
+    pull: Callable[..., Any],
+    saved: Any,
+    g: Float[Array, "B T out"],
+) -> Any:
     del matmul
     x, weight, masks, scores = saved
-    reads = jnp.stack([weight.dequantize(k) for k in range(1, len(weight.planes) + 1)])
-    residuals = jnp.diff(reads, axis=0, prepend=0.0)  # [E, in, out]
-    back = jnp.einsum("bto,eio->btei", g, residuals.astype(g.dtype), preferred_element_type=jnp.float32)
-    removed = jnp.einsum("btei,bti->bte", back[:, :, 1:], x.astype(jnp.float32))  # g . x R_e = x . (R_e g)
+    to_x, removed = pull(g, x, weight, masks)
     gains = removed**2 / (2 * jnp.asarray(prices))
-    to_x = back[:, :, 0] + jnp.einsum("btei,bte->bti", back[:, :, 1:], masks)
     return to_x.astype(x.dtype), None, None, 1 - gains * jnp.exp(-scores)
 
 
@@ -104,4 +126,12 @@ class GainLinear(ElasticLinear):
         """See `ElasticLinear`."""
         size = x.shape[-1] * self.features / self.mean_size
         prices = tuple(bits * size for bits in self.elastic.slice_bits[1:])
-        return scored_matmul(x, weight, jax.lax.stop_gradient(masks), scores, prices, self.matmul)
+        return scored_matmul(x, weight, jax.lax.stop_gradient(masks), scores, prices, self.matmul, self.pull)
+
+    @property
+    def pull(self) -> Callable[..., Any]:
+        """`pull_back`, on each device's own shards where there is a mesh."""
+        if self.placement is None:
+            return pull_back
+        assert self.name is not None, "a block names its linears"
+        return self.placement.matmul_gradient(self.name, pull_back)

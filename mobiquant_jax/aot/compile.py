@@ -5,7 +5,6 @@ own account of one chip: arguments, results and temporaries. FLOPs and bytes are
 the body of a loop once, so a program with a loop over layers or steps is reported per iteration.
 """
 
-import math
 import re
 import time
 from dataclasses import dataclass
@@ -15,6 +14,12 @@ from jax.sharding import Mesh
 
 from mobiquant_jax.aot.chips import GIB
 from mobiquant_jax.aot.programs import Program
+
+# The second is a first estimate, given early; what it calls temporaries includes the arguments.
+_OUT_OF_MEMORY = (
+    r"Used ([\d.]+)([KMGT]) of ([\d.]+[KMGT]) hbm",
+    r"required for HLO temporaries \(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)",
+)
 
 
 class DoesNotFit(ValueError):
@@ -63,10 +68,10 @@ def compile_for(program: Program, mesh: Mesh, memory: int) -> Footprint:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        needed = _refused(str(error), _argument_bytes(program))
-        if needed is None:
+        refused = _refusal(program, str(error))
+        if refused is None:
             raise
-        raise _does_not_fit(program, needed, memory) from error
+        raise refused from error
     stats, cost = compiled.memory_analysis(), compiled.cost_analysis()
     assert stats is not None and cost is not None, "the compilers of CPUs, GPUs and TPUs give both"
     used_bytes = (
@@ -77,7 +82,10 @@ def compile_for(program: Program, mesh: Mesh, memory: int) -> Footprint:
         + stats.generated_code_size_in_bytes
     )
     if used_bytes > memory:
-        raise _does_not_fit(program, used_bytes, memory)
+        raise DoesNotFit(
+            f"{program.name} does not fit: it needs {used_bytes / GIB:.1f} GiB of a chip's {memory / GIB:.0f} GiB",
+            used_bytes,
+        )
     return Footprint(
         memory=used_bytes,
         flops=float(cost.get("flops", 0.0)),
@@ -86,31 +94,13 @@ def compile_for(program: Program, mesh: Mesh, memory: int) -> Footprint:
     )
 
 
-def _does_not_fit(program: Program, needed: int, memory: int) -> DoesNotFit:
-    return DoesNotFit(
-        f"{program.name} does not fit: it needs {needed / GIB:.1f} GiB of a chip's {memory / GIB:.0f} GiB", needed
-    )
-
-
-def _refused(message: str, arguments: int) -> int | None:
-    """Bytes that the compiler wanted of a chip when it ran out of them, or None where its error is another.
-
-    Args:
-        message: the error's.
-        arguments: bytes of the program's arguments on a chip, for the refusal that counts only what comes on top.
-    """
-    if used := re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message):
-        return _bytes(*used.groups())
-    if used := re.search(r"memory required for HLO temporaries \(([\d.]+)([KMGT])\) exceeds available HBM", message):
-        return arguments + _bytes(*used.groups())
+def _refusal(program: Program, error: str) -> DoesNotFit | None:
+    """What the compiler says when it runs out of a chip's memory, or None where its error is another."""
+    for pattern in _OUT_OF_MEMORY:
+        if used := re.search(pattern, error):
+            return DoesNotFit(
+                f"{program.name} does not fit: it needs {used[1]}{used[2]}iB of a chip's {used[3]}iB that programs may "
+                "use",
+                round(float(used[1]) * 2 ** (10 * (1 + "KMGT".index(used[2])))),
+            )
     return None
-
-
-def _bytes(number: str, unit: str) -> int:
-    return round(float(number) * 2 ** (10 * (1 + "KMGT".index(unit))))
-
-
-def _argument_bytes(program: Program) -> int:
-    """What one chip holds of a program's arguments, padding left out."""
-    leaves = jax.tree.leaves(program.arguments)
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)

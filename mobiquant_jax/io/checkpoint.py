@@ -11,6 +11,7 @@ import dataclasses
 import glob
 import json
 import logging
+import math
 import os
 import shutil
 import zlib
@@ -75,7 +76,9 @@ def save_tree(path: str | Path, tree: Any) -> None:
 
     try:
         distributed.on_main(f"saving '{path}'", begin)
-        handler = ocp.PyTreeCheckpointHandler(type_handler_registry=_one_replica())
+        handler = ocp.PyTreeCheckpointHandler(
+            type_handler_registry=_one_replica(), save_concurrent_gb=_concurrent_gb(tree)
+        )
         with _reported_once(), ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(partial, ocp.args.PyTreeSave(tree, jax.tree.map(_by_layer, tree)))
         distributed.on_main(f"saving '{path}'", complete)
@@ -126,6 +129,20 @@ def _one_replica() -> Any:
     return handlers.create_type_handler_registry(
         (jax.Array, handlers.ArrayHandler(use_replica_parallel=False)), (np.ndarray, handlers.NumpyHandler())
     )
+
+
+def _concurrent_gb(tree: Any) -> int:
+    """Gigabytes that may be on their way to the disk at once: as few as the largest part of an array allows.
+
+    By default it is 96, and all of the tree is copied while it is compressed. A part that a device holds is written in
+    one piece, which must be smaller than the limit.
+    """
+
+    def part_bytes(leaf: Any) -> int:
+        shape = leaf.sharding.shard_shape(leaf.shape) if hasattr(leaf, "sharding") else leaf.shape
+        return math.prod(shape) * leaf.dtype.itemsize
+
+    return 1 + max(map(part_bytes, jax.tree.leaves(tree)), default=0) // 10**9
 
 
 def _by_layer(leaf: Any) -> ocp.SaveArgs:

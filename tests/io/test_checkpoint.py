@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mobiquant_jax.calibration.optimizer import grouped_adamw
 from mobiquant_jax.io import checkpoint
@@ -27,6 +28,7 @@ from mobiquant_jax.io.checkpoint import (
 )
 from mobiquant_jax.io.load import load_model
 from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel
+from mobiquant_jax.sharding import make_mesh
 
 ROOT = Path(__file__).parents[2]
 MADE_BY = {"command": "a test", "versions": {"jax": "x"}}
@@ -284,6 +286,23 @@ def test_trees(tmp_path):
         with pytest.raises(ValueError) as error:
             load_tree(tmp_path / "t", other)
         assert str(error.value) == prefix + reason
+
+
+def test_little_more_than_the_largest_part_of_an_array_is_written_at_once(tmp_path, monkeypatch):
+    """Orbax refuses parts that reach its limit, and copies as much as the limit allows."""
+    sharding = NamedSharding(make_mesh(data=4, model=2), PartitionSpec(None, "model"))
+    split = jax.ShapeDtypeStruct((10**6, 1000), jnp.float32, sharding=sharding)  # parts of 2 GB
+    assert checkpoint._concurrent_gb({"a": np.ones(3), "b": split}) == 3
+    assert checkpoint._concurrent_gb([np.broadcast_to(np.int8(0), 10**9 - 1)]) == 1
+    handler, limits = checkpoint.ocp.PyTreeCheckpointHandler, []
+
+    def make(**options):
+        limits.append(options["save_concurrent_gb"])
+        return handler(**options)
+
+    monkeypatch.setattr(checkpoint.ocp, "PyTreeCheckpointHandler", make)
+    save_tree(tmp_path / "tree", {"a": jnp.ones(3)})
+    assert limits == [1]
 
 
 def test_an_optimizer_state_round_trips(tmp_path):

@@ -1,4 +1,4 @@
-"""Compiles calibration, prefill and decoding for TPUs that are not there; fails where a chip's memory is too small.
+"""Compiles calibration and serving for TPUs that are not there; fails where a chip's memory is too small.
 
     python experiments/aot_check.py --config=configs/llama3_8b.py --topology=v5e:2x4 --tp=8
     python experiments/aot_check.py --config=configs/llama3_70b.py --topology=v5p:4x4x4 --tp=8 --output=results/aot.json

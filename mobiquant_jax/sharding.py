@@ -51,6 +51,7 @@ _LINEARS = {
 # Dimensions of each array below a linear, by the last name of its path. Words and groups run along the inputs.
 _LINEAR_ARRAYS = {
     "kernel": ("in", "out"),
+    "position": ("in", "out"),
     "planes": ("in", "out"),
     "scale": ("in", "out"),
     "zero": ("in", "out"),

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from mobiquant_jax.quant import widths
+
 RECIPES = ("elastic", "paper")
 STREAMS = ("device", "host")
 LOSSES = ("mse", "relative", "log_relative")
@@ -38,8 +40,11 @@ class CalibrationConfig:
         end_clipping_lr: of the clipping logits.
         end_generated_windows: windows that the unquantized model writes itself to learn from; 0 for none.
         end_generated_share: share of them in each epoch's windows.
-        end_save_seconds: its state, and that of fitting, is saved after the first epoch that ends so long after the
-            last save, since saving may take longer than an epoch: a kill costs this and an epoch of each.
+        fine_epochs: epochs, after it, of tuning the finer slices alone; see `fine_slices`. Windows are drawn as in it.
+        fine_above: bits of a code that are final by then; end-to-end tuning trains at budgets of up to so many only.
+        fine_lr: peak learning rate of the finer slices, in steps of the 8-bit code.
+        end_save_seconds: its state, like that of every stage after it, is saved after the first epoch that ends so long
+            after the last save, since saving may take longer than an epoch: a kill costs this and an epoch of each.
         fit_epochs: epochs of fitting all routers together to what their slices gain, once the weights are final; with
             0 they know their input's magnitude and their linear's mean gain. The recipe "paper" keeps the blocks' own.
             Needs memory for the whole packed model, and for the logits and activations of ``fit_batch_size`` windows.
@@ -77,6 +82,9 @@ class CalibrationConfig:
     end_clipping_lr: float = 1e-3
     end_generated_windows: int = 0
     end_generated_share: float = 0.67
+    fine_epochs: int = 0
+    fine_above: int = 4
+    fine_lr: float = 0.2
     end_save_seconds: float = 120.0
     fit_epochs: int = 2
     fit_batch_size: int = 1
@@ -113,8 +121,9 @@ class CalibrationConfig:
             raise ValueError(f"calibration epochs {self.first_epochs} + {self.joint_epochs} must be at least 1")
         if not 1 <= self.end_batch_size <= self.windows:
             raise ValueError(f"calibration.end_batch_size={self.end_batch_size} is outside 1..{self.windows}")
-        if self.recipe == "paper" and self.end_epochs:
-            raise ValueError(f"calibration.end_epochs={self.end_epochs}: the recipe 'paper' ends with the blocks")
+        for name in ("end_epochs", "fine_epochs"):
+            if self.recipe == "paper" and getattr(self, name):
+                raise ValueError(f"calibration.{name}={getattr(self, name)}: the recipe 'paper' ends with the blocks")
         if not 0 <= self.end_generated_share <= 1:
             raise ValueError(f"calibration.end_generated_share={self.end_generated_share} is outside 0..1")
         if not self.temperature > 0:
@@ -135,12 +144,24 @@ class CalibrationConfig:
         """Raises ValueError unless every budget can be met: none lies below the first slice's bits."""
         if min(self.budgets) < slice_bits[0]:
             raise ValueError(f"calibration.budgets {self.budgets} start below the first slice's {slice_bits[0]} bits")
+        final = widths(slice_bits)[:-1]
+        if self.fine_epochs and self.fine_above not in final:
+            raise ValueError(
+                f"calibration.fine_above={self.fine_above} is none of the widths {final} that slices refine"
+            )
+        if self.fine_epochs and self.end_epochs and not self.tuned_budgets:
+            raise ValueError(f"calibration.budgets {self.budgets} are all above fine_above={self.fine_above}")
+
+    @property
+    def tuned_budgets(self) -> tuple[float, ...]:
+        """The budgets that end-to-end tuning trains at."""
+        return tuple(bits for bits in self.budgets if not self.fine_epochs or bits <= self.fine_above)
 
     @property
     def batches(self) -> dict[str, int]:
         """Numbers of windows that go through the model together, by field."""
         fits = ("fit_batch_size",) if self.recipe == "elastic" else ()
-        fields = ("windows", "batch_size", *fits, *(("end_batch_size",) if self.end_epochs else ()))
+        fields = ("windows", "batch_size", *fits, *(("end_batch_size",) if self.end_epochs or self.fine_epochs else ()))
         return {f"calibration.{name}": getattr(self, name) for name in fields}
 
     @property
@@ -210,6 +231,8 @@ _NOT_NEGATIVE = (
     "end_generated_windows",
     "end_weight_lr",
     "end_clipping_lr",
+    "fine_epochs",
+    "fine_lr",
     "fit_epochs",
     "fit_lr",
     "penalty",

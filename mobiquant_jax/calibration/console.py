@@ -65,12 +65,12 @@ class ConsoleObserver:
             erase, end = ("\r\x1b[K", "\n" if done == total else "") if sys.stdout.isatty() else ("", "\n")
             print(f"{erase}calibration text by the model itself: {done} of {total}", end=end, flush=True)
 
-    def on_tuned(self, epoch: int, epochs: int, divergence: float, healthy: bool, seconds: float) -> None:
+    def on_tuned(self, stage: str, epoch: int, epochs: int, divergence: float, healthy: bool, seconds: float) -> None:
         """See `Observer`."""
         note = "" if healthy else "  (steps that were not finite were left out)"
         left = clock((epochs - epoch) * seconds)
         print(
-            f"end to end {epoch}/{epochs}  divergence {divergence:.4f}  {seconds:.1f} s  |  {left} left{note}",
+            f"{stage} {epoch}/{epochs}  divergence {divergence:.4f}  {seconds:.1f} s  |  {left} left{note}",
             flush=True,
         )
 

@@ -12,7 +12,7 @@ recomputed through them, so a resumed run continues with the very numbers of an 
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -27,14 +27,16 @@ from jaxtyping import Int
 from mobiquant_jax import distributed
 from mobiquant_jax.calibration.block import BlockReport, BlockTrainer, Stream
 from mobiquant_jax.calibration.config import CalibrationConfig
-from mobiquant_jax.calibration.end_to_end import EndToEndTrainer, TuningState
+from mobiquant_jax.calibration.distillation import Distiller, TuningState
+from mobiquant_jax.calibration.end_to_end import EndToEndTrainer
 from mobiquant_jax.calibration.epochs import SavedEpochs
+from mobiquant_jax.calibration.fine_slices import FineTuner
 from mobiquant_jax.calibration.generated import write_windows
 from mobiquant_jax.calibration.host_block import HostBlockTrainer
 from mobiquant_jax.calibration.linears import Params
 from mobiquant_jax.calibration.read_ahead import read_ahead
 from mobiquant_jax.calibration.routers import RouterState, RouterTrainer, with_routers
-from mobiquant_jax.calibration.run_dir import ROUTER, TUNING, RunDir
+from mobiquant_jax.calibration.run_dir import FINE, ROUTER, TUNING, RunDir
 from mobiquant_jax.calibration.samples import Samples
 from mobiquant_jax.calibration.stacking import stack_blocks
 from mobiquant_jax.calibration.thresholds import record_thresholds
@@ -63,8 +65,8 @@ class Observer(Protocol):
     def on_generated(self, done: int, total: int) -> None:
         """So many texts of the unquantized model are written."""
 
-    def on_tuned(self, epoch: int, epochs: int, divergence: float, healthy: bool, seconds: float) -> None:
-        """An epoch of end-to-end tuning is done; ``healthy`` unless a step was not finite and left out."""
+    def on_tuned(self, stage: str, epoch: int, epochs: int, divergence: float, healthy: bool, seconds: float) -> None:
+        """An epoch of end-to-end tuning, or of the finer slices, is done; ``healthy`` unless a step was left out."""
 
     def on_fitted(self, epoch: int, epochs: int, healthy: bool, seconds: float) -> None:
         """An epoch of fitting the routers is done; ``healthy`` as above."""
@@ -133,11 +135,10 @@ class Calibrator:
                 mesh=self.mesh,
             )
             self._train_blocks(trainer, params, windows)
-            if cal.end_epochs:
+            if cal.end_epochs or cal.fine_epochs:
                 layers = self._tune(trainer, params, windows)
             else:
-                packed = (trainer.pack(trained) for trained in self._trained_blocks(trainer))
-                layers = stack_blocks(packed, self.config.num_hidden_layers, self.placement)
+                layers = self._packed_blocks(trainer)
             return self._finish(params, layers, windows)
 
     def _train_blocks(self, trainer: BlockTrainer, params: Params, windows: Int[np.ndarray, "W T"]) -> None:
@@ -209,11 +210,15 @@ class Calibrator:
         for index in range(self.config.num_hidden_layers):
             yield load_tree(self.run.block(index), trainer.abstract_trained)
 
+    def _packed_blocks(self, trainer: BlockTrainer) -> Params:
+        packed = (trainer.pack(trained) for trained in self._trained_blocks(trainer))
+        return stack_blocks(packed, self.config.num_hidden_layers, self.placement)
+
     def _tune(self, trainer: BlockTrainer, params: Params, windows: Int[np.ndarray, "W T"]) -> Params:
-        """End-to-end tuning from the trained blocks; the state is saved now and then and the one before it removed."""
+        """End-to-end tuning from the trained blocks, then of the finer slices: the packed layers."""
         cal = self.calibration
         dense = self.placement.put(params)
-        tuner = EndToEndTrainer(
+        common: dict[str, Any] = dict(
             config=self.config,
             elastic=self.elastic,
             calibration=cal,
@@ -222,20 +227,37 @@ class Calibrator:
             dtype=jnp.dtype(cal.dtype),
             mesh=self.mesh,
         )
+        if cal.end_epochs:
+            tuner = EndToEndTrainer(**common)
+
+            def blocks() -> Params:
+                return stack_blocks(self._trained_blocks(trainer), self.config.num_hidden_layers, self.placement)
+
+            layers = tuner.pack(self._distil(tuner, blocks, dense, TUNING, "end to end", cal.end_epochs))
+        else:
+            layers = self._packed_blocks(trainer)
+        if cal.fine_epochs:
+            fine = FineTuner(**common)
+            tuned = self._distil(fine, lambda: fine.begin(layers), dense, FINE, "finer slices", cal.fine_epochs)
+            layers = layers | {"slices": fine.slices(tuned)}
+        return layers
+
+    def _distil(
+        self, distiller: Distiller, first: Callable[[], Params], dense: Params, stage: str, title: str, epochs: int
+    ) -> Params:
+        """The parameters after the epochs of one stage, ``first()`` before them."""
 
         def start() -> TuningState:
-            blocks = self._trained_blocks(trainer)
-            return tuner.init(stack_blocks(blocks, self.config.num_hidden_layers, self.placement))
+            return distiller.init(first())
 
         def epoch(state: TuningState, number: int) -> tuple[TuningState, dict[str, Any]]:
-            state, divergence, healthy = tuner.epoch(state, dense, number)
+            state, divergence, healthy = distiller.epoch(state, dense, number)
             return state, {"divergence": divergence, "healthy": healthy}
 
         def report(done: int, seconds: float, record: dict[str, Any]) -> None:
-            self.observer.on_tuned(done, cal.end_epochs, record["divergence"], record["healthy"], seconds)
+            self.observer.on_tuned(title, done, epochs, record["divergence"], record["healthy"], seconds)
 
-        stage = self._stage(TUNING, cal.end_epochs, tuner.abstract_state)
-        return tuner.pack(stage.run_all(start, epoch, report).params)
+        return self._stage(stage, epochs, distiller.abstract_state).run_all(start, epoch, report).params
 
     def _stage(self, name: str, epochs: int, like: Any) -> SavedEpochs:
         load = partial(self._load, like=like)

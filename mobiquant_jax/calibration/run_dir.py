@@ -7,6 +7,7 @@ run.json       config, fingerprints of model and data, provenance
 generated.npy  windows that the unquantized model wrote, where the recipe wants some
 blocks/NNN/    each finished block, until the checkpoint is complete
 tuning/NNN/    the last saved state of end-to-end tuning, until then too
+fine/NNN/      that of tuning the finer slices
 router/NNN/    that of fitting the routers
 metrics.jsonl  a line a block, then one an epoch of the stages after them, with process 0's peak memory so far
 events/        the same for TensorBoard, where it was asked for
@@ -30,7 +31,7 @@ from mobiquant_jax.calibration.event_file import EventFile, check_installed
 from mobiquant_jax.files import read_json_object
 from mobiquant_jax.provenance import peak_memory
 
-STAGES = (TUNING, ROUTER) = ("tuning", "router")
+STAGES = (TUNING, FINE, ROUTER) = ("tuning", "fine", "router")
 """What follows the blocks, over the whole model; folders of their states."""
 
 _IDENTITY = ("config", "model", "data")

@@ -1,7 +1,7 @@
 """Nested quantization: pure functions from float kernels to 2-bit slices and back."""
 
 from mobiquant_jax.quant.clipping import Clipping, limits, unclipped_limits
-from mobiquant_jax.quant.fake_quant import fake_quantize
+from mobiquant_jax.quant.fake_quant import LAST_POSITION, fake_quantize, read_position
 from mobiquant_jax.quant.grid import CODE_BITS, check_group_size, decode, encode, scale_and_zero
 from mobiquant_jax.quant.slices import (
     LAYOUT_VERSION,
@@ -18,6 +18,7 @@ from mobiquant_jax.quant.slices import (
 
 __all__ = [
     "CODE_BITS",
+    "LAST_POSITION",
     "LAYOUT_VERSION",
     "WORD_BITS",
     "Clipping",
@@ -30,6 +31,7 @@ __all__ = [
     "limits",
     "pack",
     "quantize",
+    "read_position",
     "round_to_nearest",
     "scale_and_zero",
     "slice_codes",

@@ -11,6 +11,9 @@ from jaxtyping import Array, Float, Int
 from mobiquant_jax.quant.clipping import Clipping, limits
 from mobiquant_jax.quant.grid import CODE_BITS, FINE_STEPS, group, scale_and_zero
 
+LAST_POSITION = 255.996
+"""The end of the grid, just below 256: a weight there is inside the last bin and keeps its gradient."""
+
 
 def fake_quantize(
     weight: Float[Array, "in out"], clipping: Clipping, width: int | Int[Array, ""]
@@ -27,9 +30,25 @@ def fake_quantize(
     """
     scale, zero = scale_and_zero(*limits(weight, clipping))
     grouped = group(weight, weight.shape[0] // scale.shape[0])
-    # Clipping just below 256 keeps the gradient of every weight inside the last bin.
-    position = jnp.clip(FINE_STEPS * grouped / scale[:, None] + zero[:, None], 0.0, 255.996)
+    position = jnp.clip(FINE_STEPS * grouped / scale[:, None] + zero[:, None], 0.0, LAST_POSITION)
+    return read_position(position.reshape(weight.shape), scale, zero, width)
+
+
+def read_position(
+    position: Float[Array, "in out"],
+    scale: Float[Array, "groups out"],
+    zero: Float[Array, "groups out"],
+    width: int | Int[Array, ""],
+) -> Float[Array, "in out"]:
+    """The weight that a position on the grid is read as, with straight-through gradients.
+
+    Args:
+        position: ``64 W / s + z``, from 0 to `LAST_POSITION`; its floor is the 8-bit code.
+        scale: of each group.
+        zero: of each group.
+        width: bits to read, 1 to 8; may be traced.
+    """
     bin_size = jnp.exp2(jnp.asarray(CODE_BITS - width, jnp.float32))
     midpoint = (jnp.floor(position / bin_size) + 0.5) * bin_size
-    position = position + jax.lax.stop_gradient(midpoint - position)
-    return (scale[:, None] / FINE_STEPS * (position - zero[:, None])).reshape(weight.shape)
+    read = group(position + jax.lax.stop_gradient(midpoint - position), position.shape[0] // scale.shape[0])
+    return (scale[:, None] / FINE_STEPS * (read - zero[:, None])).reshape(position.shape)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mobiquant_jax.calibration.end_to_end import EndToEndTrainer, distillation_loss
+from mobiquant_jax.calibration.distillation import distillation_loss
+from mobiquant_jax.calibration.end_to_end import EndToEndTrainer
 from mobiquant_jax.calibration.linears import NestedLinear, UniformWidth, trainable
 from mobiquant_jax.models import Llama
 

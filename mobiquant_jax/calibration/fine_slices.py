@@ -1,0 +1,152 @@
+"""Tuning the finer slices alone, once the coarser ones are final.
+
+The code at few bits and the code at many cannot both be best: what moves a weight into another bin at 2 bits moves it
+at 8 bits too. But within its bin a weight is free. So the top bits of every code stay as end-to-end tuning left them,
+and the bits below learn what is best for the widths that read them:
+
+    floor(p / 2^(8 - w)) = const,        p = 64 W / s + z the position on the grid, w the last final width
+
+Reads of up to ``w`` bits do not change by a bit.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from mobiquant_jax.calibration.distillation import Distiller
+from mobiquant_jax.calibration.linears import Params, UniformWidth, pack_block, trainable
+from mobiquant_jax.calibration.optimizer import FINAL_RATE
+from mobiquant_jax.calibration.samples import spread_budgets
+from mobiquant_jax.models.elastic import ElasticConfig
+from mobiquant_jax.models.layers import project
+from mobiquant_jax.quant import CODE_BITS, LAST_POSITION, SlicedWeight, read_position, slice_codes, widths
+
+_NORMS = ("attention_norm", "mlp_norm")
+_MARGIN = 2**CODE_BITS - LAST_POSITION  # what a weight keeps from the upper end of its bin
+
+
+class PositionLinear(nn.Module):
+    """A linear whose weights are positions on a fixed grid, all tokens at one width.
+
+    Attributes:
+        features: number of outputs.
+        elastic: slicing.
+        dtype: type of the multiplication and of the result.
+    """
+
+    features: int
+    elastic: ElasticConfig
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T in"], control: UniformWidth) -> Float[Array, "B T out"]:
+        """``y = x @ W_width`` with a straight-through gradient to the positions."""
+        groups = (x.shape[-1] // self.elastic.group_size, self.features)
+        position = self.param("position", nn.initializers.zeros, (x.shape[-1], self.features))
+        scale = jax.lax.stop_gradient(self.param("scale", nn.initializers.ones, groups))
+        zero = jax.lax.stop_gradient(self.param("zero", nn.initializers.zeros, groups))
+        return project(x.astype(self.dtype), read_position(position, scale, zero, control.width)).astype(self.dtype)
+
+
+def positions(layers: Params) -> Params:
+    """The stacked blocks' parameters for this stage, each weight in the middle of its 8-bit bin.
+
+    Args:
+        layers: variables of the packed blocks, ``params`` and ``slices``.
+    """
+    params: Params = {name: layers["params"][name] for name in _NORMS}
+    for part, linears in layers["slices"].items():
+        params[part] = {name: _position(linear["weight"]) for name, linear in linears.items()}
+    return params
+
+
+def _position(weight: SlicedWeight) -> Params:
+    codes = jax.vmap(SlicedWeight.codes)(weight)
+    scale, zero = weight.scale.astype(jnp.float32), weight.zero.astype(jnp.float32)
+    return {"position": codes.astype(jnp.float32) + 0.5, "scale": scale, "zero": zero}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuner(Distiller):
+    """Tunes the bits of every code below the top ``calibration.fine_above``."""
+
+    STREAM = 3_000_000
+
+    @property
+    def linear(self) -> Callable[..., PositionLinear]:
+        """See `Distiller`."""
+        return partial(PositionLinear, elastic=self.elastic)
+
+    @cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        """See `Distiller`."""
+        cal = self.calibration
+        rate = optax.cosine_decay_schedule(cal.fine_lr, max(cal.fine_epochs * self.steps, 1), alpha=FINAL_RATE)
+        adam = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
+        return optax.partition({True: adam, False: optax.set_to_zero()}, _is_position)
+
+    @cached_property
+    def abstract_params(self) -> Params:
+        """See `Distiller`."""
+        return jax.eval_shape(positions, self._abstract_packed)
+
+    @cached_property
+    def _abstract_packed(self) -> Params:
+        def make(dense: Params) -> Params:
+            params = trainable(dense, self.config, self.elastic, jax.random.key(0))
+            return pack_block(params, self.config, self.elastic)
+
+        return jax.eval_shape(jax.vmap(make), self.abstract_dense["layers"])
+
+    def draw_widths(self, rng: np.random.Generator) -> Int[np.ndarray, " steps"]:
+        """See `Distiller`: those that read more than what is final."""
+        finer = tuple(float(width) for width in widths(self.elastic.slice_bits) if width > self.calibration.fine_above)
+        return spread_budgets(finer, self.steps, rng).astype(np.int32)
+
+    def constrain(self, params: Params, before: Params) -> Params:
+        """See `Distiller`: no weight leaves its bin at the last final width."""
+        size = 2.0 ** (CODE_BITS - self.calibration.fine_above)
+
+        def one(path: Any, new: Array, old: Array) -> Array:
+            if path[-1].key != "position":
+                return new
+            low = jnp.floor(old / size) * size
+            return jnp.clip(new, low, low + (size - _MARGIN))
+
+        return jax.tree_util.tree_map_with_path(one, params, before)
+
+    @cached_property
+    def begin(self) -> Callable[[Params], Params]:
+        """Jitted `positions`."""
+        return jax.jit(positions, out_shardings=self.placement.shardings(self.abstract_params))
+
+    @cached_property
+    def slices(self) -> Callable[[Params], Params]:
+        """Jitted: the parameters to the blocks' ``slices``."""
+
+        def one(linear: Params) -> SlicedWeight:
+            codes = jnp.floor(linear["position"]).astype(jnp.uint8)
+            return slice_codes(codes, linear["scale"], linear["zero"], self.elastic.slice_bits)
+
+        def make(params: Params) -> Params:
+            parts = {part: linears for part, linears in params.items() if part not in _NORMS}
+            return {
+                part: {name: {"weight": jax.vmap(one)(linear)} for name, linear in linears.items()}
+                for part, linears in parts.items()
+            }
+
+        made = jax.eval_shape(make, self.abstract_params)
+        return jax.jit(make, out_shardings=self.placement.shardings(made))
+
+
+def _is_position(params: Params) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "position", params)

@@ -1,0 +1,119 @@
+"""Tuning the finer slices: what is final stays to the bit, what is finer comes nearer to the unquantized model."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mobiquant_jax.calibration.distillation import distillation_loss
+from mobiquant_jax.calibration.end_to_end import EndToEndTrainer
+from mobiquant_jax.calibration.fine_slices import FineTuner
+from mobiquant_jax.calibration.linears import pack_block, trainable
+from mobiquant_jax.models import Llama
+from mobiquant_jax.models.elastic import ElasticModel
+from mobiquant_jax.quant import SlicedWeight, slice_codes, widths
+
+EPOCHS = 4
+
+
+@pytest.fixture(scope="module")
+def windows():
+    return np.random.default_rng(70).integers(0, 61, (4, 16)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def packed(params, config, elastic):
+    """The packed blocks, rounded to nearest but for the last four bits of every code, which are random."""
+    rng = np.random.default_rng(73)
+
+    def pack(dense, key):
+        return pack_block(trainable(dense, config, elastic, key), config, elastic)
+
+    def scramble(weight):
+        codes = jax.vmap(SlicedWeight.codes)(weight)
+        scrambled = jnp.asarray((np.asarray(codes) & 0xF0) | rng.integers(16, size=codes.shape, dtype=np.uint8))
+        return jax.vmap(lambda *grid: slice_codes(*grid, elastic.slice_bits))(scrambled, weight.scale, weight.zero)
+
+    layers = jax.vmap(pack)(params["layers"], jax.random.split(jax.random.key(71), config.num_hidden_layers))
+    return layers | {"slices": jax.tree.map(scramble, layers["slices"], is_leaf=is_weight)}
+
+
+@pytest.fixture(scope="module")
+def make_tuner(config, elastic, recipe, windows):
+    def make(kind=FineTuner, **changes):
+        calibration = recipe(**(dict(fine_epochs=EPOCHS, fine_lr=1.0, end_batch_size=1, end_epochs=1) | changes))
+        none = windows[:0]
+        return kind(config=config, elastic=elastic, calibration=calibration, windows=windows, generated=none)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def tuned(make_tuner, packed, params):
+    """The blocks' slices after training."""
+    tuner = make_tuner()
+    state = tuner.init(tuner.begin(packed))
+    for epoch in range(EPOCHS):
+        state, _, healthy = tuner.epoch(state, params, epoch)
+        assert healthy
+    return tuner.slices(state.params)
+
+
+def is_weight(node):
+    return isinstance(node, SlicedWeight)
+
+
+def weights(slices):
+    leaves = jax.tree.leaves(slices, is_leaf=is_weight)
+    assert len(leaves) == 7
+    return leaves
+
+
+def read(weight, width):
+    return np.asarray(jax.vmap(lambda layer: layer.dequantize_width(width))(weight))
+
+
+def test_untrained_it_is_what_was_packed(make_tuner, packed):
+    tuner = make_tuner()
+    jax.tree.map(np.testing.assert_array_equal, tuner.slices(tuner.begin(packed)), packed["slices"])
+
+
+@pytest.mark.parametrize("width", range(1, 9))
+def test_only_reads_beyond_the_final_width_change(tuned, packed, recipe, width):
+    moved = [
+        np.any(read(after, width) != read(before, width))
+        for after, before in zip(weights(tuned), weights(packed["slices"]), strict=True)
+    ]
+    assert all(moved) if width > recipe().fine_above else not any(moved)
+
+
+def test_it_brings_full_depth_nearer_to_the_unquantized_model(tuned, packed, params, config, elastic, windows):
+    teacher = Llama(config).apply({"params": params}, windows)
+
+    def divergence(slices, width):
+        variables = {"params": {**params, "layers": packed["params"]}, "slices": {"layers": slices}}
+        model = ElasticModel(config=config, elastic=elastic, variables=variables)
+        return float(
+            distillation_loss(Llama(config).apply({"params": model.dequantized_params(width)}, windows), teacher)
+        )
+
+    assert divergence(tuned, 8) < 0.8 * divergence(packed["slices"], 8)
+    assert divergence(tuned, 4) == divergence(packed["slices"], 4)
+
+
+def test_each_stage_draws_the_widths_that_are_its_own(make_tuner, elastic):
+    rng = np.random.default_rng(72)
+    finer = make_tuner().draw_widths(rng)
+    assert set(finer) == {width for width in widths(elastic.slice_bits) if width > 4}
+    coarse = make_tuner(kind=EndToEndTrainer, budgets=(4.0, 8.0)).draw_widths(rng)
+    assert set(coarse) == {4}
+    every = make_tuner(kind=EndToEndTrainer, budgets=(4.0, 8.0), fine_epochs=0).draw_widths(rng)
+    assert set(every) == {4, 8}
+
+
+def test_a_step_that_is_not_finite_is_left_out(make_tuner, packed, params):
+    tuner = make_tuner()
+    poisoned = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), params)
+    state, _, healthy = tuner.epoch(tuner.init(tuner.begin(packed)), poisoned, 0)
+    assert not healthy
+    jax.tree.map(np.testing.assert_array_equal, state.params, tuner.begin(packed))

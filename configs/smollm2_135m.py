@@ -36,18 +36,18 @@ def get_config() -> ConfigDict:
     config.quant.group_size = 64  # 128 does not divide 576
 
     config.data.source = "pydoc"
-    config.calibration.windows = 16
+    config.calibration.windows = 20
     config.calibration.window_length = 256
     config.calibration.batch_size = 4
-    config.calibration.budgets = (2.0, 3.0, 4.0, 8.0)
+    config.calibration.budgets = (2.0, 3.0, 4.0, 6.0, 8.0)
     config.calibration.first_epochs = 1
     config.calibration.joint_epochs = 0
-    config.calibration.end_epochs = 3
-    config.calibration.end_weight_lr = 1.5e-4
-    config.calibration.fit_epochs = 1
+    config.calibration.end_epochs = 4
+    config.calibration.end_weight_lr = 1.75e-4
+    config.calibration.fit_epochs = 0
     config.calibration.fit_batch_size = 4
     config.calibration.threshold_windows = 4
-    config.router.budget_grid = (2.0, 2.5, 3.0, 3.5, 4.0, 6.0, 8.0)
+    config.router.budget_grid = (2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
     config.evaluation.windows = 12
     config.evaluation.window_length = 256
     config.evaluation.batch_size = 4

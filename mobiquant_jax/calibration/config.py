@@ -84,7 +84,7 @@ class CalibrationConfig:
     end_generated_share: float = 0.67
     fine_epochs: int = 0
     fine_above: int = 4
-    fine_lr: float = 0.2
+    fine_lr: float = 0.05
     end_save_seconds: float = 120.0
     fit_epochs: int = 2
     fit_batch_size: int = 1

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from mobiquant_jax.aot import (
     CHIPS,
     GIB,
+    KEY,
     DoesNotFit,
     Program,
     compile_for,
@@ -28,7 +29,6 @@ from mobiquant_jax.aot import (
     tpu_mesh,
     training_programs,
 )
-from mobiquant_jax.aot.table import KEY
 from mobiquant_jax.config_flags import define_config, run
 from mobiquant_jax.experiment import load_architecture, load_calibration, load_elastic
 from mobiquant_jax.files import RecordFile

@@ -131,6 +131,7 @@ def test_training_is_split_over_the_mesh_and_gives_back_the_state_it_takes():
     ("changes", "names"),
     [
         (dict(end_epochs=0), ["calibration", "fitting"]),
+        (dict(fine_epochs=1), ["calibration", "tuning", "fine", "fitting"]),
         (dict(fit_epochs=0), ["calibration", "tuning"]),
         (dict(recipe="paper", end_epochs=0), ["calibration"]),
     ],

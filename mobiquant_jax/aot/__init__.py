@@ -3,11 +3,12 @@
 from mobiquant_jax.aot.chips import CHIPS, GIB, Chip, tpu_mesh
 from mobiquant_jax.aot.compile import DoesNotFit, Footprint, compile_for
 from mobiquant_jax.aot.programs import Program, serving_programs, training_programs
-from mobiquant_jax.aot.table import render_table
+from mobiquant_jax.aot.table import KEY, render_table
 
 __all__ = [
     "CHIPS",
     "GIB",
+    "KEY",
     "Chip",
     "DoesNotFit",
     "Footprint",

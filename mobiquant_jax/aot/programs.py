@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,7 +12,9 @@ from jax.sharding import Mesh
 
 from mobiquant_jax.calibration import BlockTrainer, CalibrationConfig
 from mobiquant_jax.calibration.config import stages
+from mobiquant_jax.calibration.distillation import Distiller
 from mobiquant_jax.calibration.end_to_end import EndToEndTrainer
+from mobiquant_jax.calibration.fine_slices import FineTuner
 from mobiquant_jax.calibration.routers import RouterTrainer
 from mobiquant_jax.calibration.samples import Samples
 from mobiquant_jax.io.checkpoint import abstract_variables
@@ -45,12 +48,14 @@ def training_programs(
     """An epoch of each part of a recipe, in bfloat16 with float32 parameters.
 
     Returns:
-        ``calibration``, the last stage of one block's training; ``tuning`` of all blocks and ``fitting`` of all
-        routers, where the recipe has them.
+        ``calibration``, the last stage of one block's training; ``tuning`` of all blocks, ``fine`` of their finer
+        slices and ``fitting`` of all routers, where the recipe has epochs of them.
     """
     makers: list[Callable[..., Program]] = [_calibration]
     if calibration.end_epochs:
-        makers.append(_tuning)
+        makers.append(partial(_distillation, "tuning", EndToEndTrainer))
+    if calibration.fine_epochs:
+        makers.append(partial(_distillation, "fine", FineTuner))
     if calibration.recipe == "elastic" and calibration.fit_epochs:
         makers.append(_fitting)
     return [make(config, elastic, calibration, mesh) for make in makers]
@@ -84,9 +89,16 @@ def _calibration(config: LlamaConfig, elastic: ElasticConfig, calibration: Calib
     )
 
 
-def _tuning(config: LlamaConfig, elastic: ElasticConfig, calibration: CalibrationConfig, mesh: Mesh) -> Program:
+def _distillation(
+    name: str,
+    kind: type[Distiller],
+    config: LlamaConfig,
+    elastic: ElasticConfig,
+    calibration: CalibrationConfig,
+    mesh: Mesh,
+) -> Program:
     windows = np.zeros((calibration.windows, calibration.window_length), np.int32)
-    trainer = EndToEndTrainer(
+    trainer = kind(
         config=config,
         elastic=elastic,
         calibration=calibration,
@@ -97,7 +109,7 @@ def _tuning(config: LlamaConfig, elastic: ElasticConfig, calibration: Calibratio
     )
     function, arguments = trainer.abstract_epoch
     return Program(
-        name="tuning",
+        name=name,
         function=function,
         arguments=arguments,
         batch=calibration.end_batch_size,

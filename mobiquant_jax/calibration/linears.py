@@ -25,7 +25,7 @@ Params = dict[str, Any]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class UniformWidth:
-    """The control of `NestedLinear`: all tokens read ``width`` bits."""
+    """The control of linears that train at one width: all tokens read ``width`` bits."""
 
     width: Int[Array, ""]
 

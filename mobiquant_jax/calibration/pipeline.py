@@ -3,7 +3,8 @@
 All of it lies on one mesh. The streams are split over its batch axes: a device, and so a process, holds and computes
 its own windows. In the devices' memory are one block and its optimizer, the next block's weights, which are read while
 this one trains, and both streams or, where ``calibration.streams`` keeps those on the host, two batches of them. What
-follows the blocks (tuning, fitting the routers, recording thresholds) needs the whole model there.
+follows the blocks (tuning, also of the finer slices alone, fitting the routers, recording thresholds) needs the whole
+model there.
 
 Order on ``resume``: the folder's blocks are read instead of trained, all but those that are damaged; streams are
 recomputed through them, so a resumed run continues with the very numbers of an uninterrupted one.

@@ -111,10 +111,9 @@ class RouterTrainer:
 
     def start(self, variables: Variables) -> RouterState:
         """Routers that know magnitudes, and each linear's mean gain, as measured on a batch a budget."""
-        steps = min(len(self.calibration.budgets), self._steps)
         below = partial(magnitude_router, offset=-FAR_BELOW)
         routers = jax.tree.map(below, routers_of(variables), is_leaf=_is_router)
-        gradients = self._measure(routers, variables, self._plan(0, steps))
+        gradients = self._measure(routers, variables, self._plan(0, len(self.calibration.budgets)))
         return self._begin(routers, gradients)
 
     def epoch(self, state: RouterState, variables: Variables, index: int) -> tuple[RouterState, bool]:
@@ -159,10 +158,10 @@ class RouterTrainer:
         return optax.adam(optax.cosine_decay_schedule(self.calibration.fit_lr, steps, alpha=FINAL_RATE), eps=ADAM_EPS)
 
     def _plan(self, stream: int, steps: int) -> Any:
-        """Tokens, budgets and seeds of so many steps, on the devices."""
+        """Tokens, budgets and seeds of so many steps, on the devices; windows come again where there are too few."""
         cal = self.calibration
         rng = np.random.default_rng([cal.seed, 2_000_000 + stream])
-        windows = rng.permutation(self.windows)[: steps * cal.fit_batch_size]
+        windows = np.resize(rng.permutation(self.windows), (steps * cal.fit_batch_size, self.windows.shape[1]))
         batches = windows.reshape(steps, cal.fit_batch_size, -1)
         bits = spread_budgets(cal.budgets, steps, rng)
         seeds = rng.integers(2**32, size=steps, dtype=np.uint32)

@@ -31,6 +31,8 @@ from mobiquant_jax.calibration.config import Stage, stages
         (dict(end_epochs=-2), "calibration.end_epochs=-2 must be finite and not negative"),
         (dict(fit_epochs=-1), "calibration.fit_epochs=-1 must be finite and not negative"),
         (dict(recipe="paper", end_epochs=2), "calibration.end_epochs=2: the recipe 'paper' ends with the blocks"),
+        (dict(fine_epochs=-1), "calibration.fine_epochs=-1 must be finite and not negative"),
+        (dict(recipe="paper", fine_epochs=2), "calibration.fine_epochs=2: the recipe 'paper' ends with the blocks"),
         (dict(end_generated_share=1.5), "calibration.end_generated_share=1.5 is outside 0..1"),
         (dict(end_generated_windows=-1), "calibration.end_generated_windows=-1 must be finite and not negative"),
         (dict(end_save_seconds=-1.0), "calibration.end_save_seconds=-1.0 must be finite and not negative"),
@@ -55,7 +57,15 @@ from mobiquant_jax.calibration.config import Stage, stages
         ),
         *(
             ({name: -1e-3}, f"calibration.{name}=-0.001 must be finite and not negative")
-            for name in ("weight_lr", "clipping_lr", "router_lr", "end_weight_lr", "end_clipping_lr", "fit_lr")
+            for name in (
+                "weight_lr",
+                "clipping_lr",
+                "router_lr",
+                "end_weight_lr",
+                "end_clipping_lr",
+                "fine_lr",
+                "fit_lr",
+            )
         ),
         (dict(weight_lr=float("nan")), "calibration.weight_lr=nan must be finite and not negative"),
         (dict(penalty=-1.0), "calibration.penalty=-1.0 must be finite and not negative"),
@@ -77,6 +87,19 @@ def test_budgets_below_the_first_slice_are_refused():
         ValueError, match=r"^calibration.budgets \(3.0, 4.0, 8.0\) start below the first slice's 4 bits$"
     ):
         config.check_slices((4, 4))
+
+
+def test_the_finer_slices_refine_a_width_that_there_is():
+    fine = CalibrationConfig(windows=24, budgets=(3.0, 4.0, 8.0), threshold_windows=1, fine_epochs=1, end_epochs=1)
+    fine.check_slices((2, 2, 4))
+    assert fine.tuned_budgets == (3.0, 4.0) and "calibration.end_batch_size" in fine.batches
+    assert dataclasses.replace(fine, fine_epochs=0).tuned_budgets == (3.0, 4.0, 8.0)
+    with pytest.raises(
+        ValueError, match=r"^calibration.fine_above=4 is none of the widths \(2, 6\) that slices refine$"
+    ):
+        fine.check_slices((2, 4, 2))
+    with pytest.raises(ValueError, match=r"^calibration.budgets \(3.0, 4.0, 8.0\) are all above fine_above=2$"):
+        dataclasses.replace(fine, fine_above=2).check_slices((2, 2, 4))
 
 
 def test_samples_per_budget():

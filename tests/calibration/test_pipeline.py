@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 from mobiquant_jax.calibration import BlockReport, BlockTrainer, Calibrator, RunDir, pipeline
-from mobiquant_jax.calibration.end_to_end import EndToEndTrainer
+from mobiquant_jax.calibration.distillation import Distiller
 from mobiquant_jax.calibration.linears import trainable
 from mobiquant_jax.calibration.routers import RouterState, RouterTrainer, routers_of
-from mobiquant_jax.calibration.run_dir import TUNING
+from mobiquant_jax.calibration.run_dir import FINE, TUNING
 from mobiquant_jax.io.checkpoint import abstract_variables
 from mobiquant_jax.models import Block
 from mobiquant_jax.models.elastic import ElasticLinear
@@ -247,15 +247,35 @@ def test_a_full_disk_ends_the_run_with_what_was_saved(calibrator, trained, recor
     assert list(trained) == [1]
 
 
-def test_a_damaged_state_of_tuning_is_computed_again(calibrator, trained, recorded, params, windows, monkeypatch):
-    monkeypatch.setattr(EndToEndTrainer, "epoch", lambda self, state, dense, index: (state, 0.5 + index, True))
-    changes = dict(end_epochs=2, end_save_seconds=0.0)
+@pytest.mark.parametrize(
+    ("stage", "epochs", "titles"),
+    [
+        (TUNING, dict(end_epochs=2), ["end to end"] * 2),
+        (FINE, dict(fine_epochs=2), ["finer slices"] * 2),
+        (FINE, dict(end_epochs=1, fine_epochs=2), ["finer slices"] * 2),
+    ],
+)
+def test_a_damaged_state_of_tuning_is_computed_again(
+    calibrator, trained, recorded, params, windows, monkeypatch, stage, epochs, titles
+):
+    """The states of the stages before it are whole."""
+
+    def epoch(self, state, dense, index):
+        def move(path, leaf):
+            return leaf + 1.0 if getattr(path[-1], "key", "") in ("position", "kernel") else leaf
+
+        moved = jax.tree_util.tree_map_with_path(move, state.params)
+        return dataclasses.replace(state, params=self.constrain(moved, state.params)), 0.5 + index, True
+
+    monkeypatch.setattr(Distiller, "epoch", epoch)
+    changes = dict(budgets=(4.0, 8.0), end_save_seconds=0.0, **epochs)
     first = calibrator("run", Recorder(), **changes)
     wanted = first.calibrate(params, windows)
-    largest = max((f for f in first.run.saved(TUNING, 2).rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    largest = max((f for f in first.run.saved(stage, 2).rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-3])
     found = calibrator("run", observer := Recorder(), **changes).calibrate(params, windows)
     assert [event[0] for event in observer.events[:4]] == ["start", "damaged", "tuned", "tuned"]
+    assert [event[1] for event in observer.events[2:4]] == titles
     assert "bytes long, not" in observer.events[1][1]
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
 

@@ -130,6 +130,22 @@ def test_at_the_start_every_score_has_the_mean_gain_of_the_steps_that_were_measu
     np.testing.assert_allclose(biases, np.zeros_like(biases), atol=1e-4)
 
 
+def test_the_start_measures_every_budget_however_few_the_windows(trainer, recipe):
+    """Five batches of two of the four windows."""
+    few = dataclasses.replace(
+        trainer, calibration=recipe(fit_batch_size=2, budgets=(4.0, 5.0, 6.0, 7.0, 8.0), windows=5)
+    )
+    seen = []
+    few.__dict__["_measure"] = lambda routers, variables, plan: seen.append(jax.device_get(plan)) or routers
+    few.__dict__["_begin"] = lambda routers, gradients: None
+    few.start(trainer.model.variables)
+    ((tokens, bits, _),) = seen
+    assert sorted(bits) == [4, 5, 6, 7, 8] and tokens.shape == (5, 2, 16)
+    windows, counts = np.unique(tokens.reshape(10, 16), axis=0, return_counts=True)
+    np.testing.assert_array_equal(windows, np.unique(few.windows, axis=0))
+    assert set(counts) == {2, 3}
+
+
 def test_an_epoch_moves_routers_only_and_is_determined_by_its_number(model, trainer, start):
     first, healthy = trainer.epoch(start(), model.variables, 0)
     again, _ = trainer.epoch(start(), model.variables, 0)

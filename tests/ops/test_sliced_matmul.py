@@ -7,6 +7,7 @@ import pytest
 
 from mobiquant_jax import quant
 from mobiquant_jax.ops import sliced_matmul
+from mobiquant_jax.ops.sliced_matmul import api
 
 
 def case(seed, tokens, in_features=192, out_features=40, slice_bits=(2, 2, 2, 2)):
@@ -37,6 +38,18 @@ def test_uneven_runs(depths):
     x, weight, _ = case(1, len(depths))
     got = sliced_matmul(x, weight, jnp.array(depths), implementation="grouped")
     np.testing.assert_allclose(got, dense(x, weight, depths), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("platform", "chosen"), [("cpu", "grouped"), ("gpu", "reference")])
+def test_many_tokens_are_sorted_by_depth_but_on_a_gpu(monkeypatch, platform, chosen):
+    """A GPU would wait for the host at every tile."""
+    x, weight, depth = case(3, 256)
+    used = []
+    for name in ("grouped", "reference"):
+        monkeypatch.setitem(api._XLA, name, lambda x, weight, depth, name=name: used.append(name) or x[:, :40])
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    sliced_matmul(x, weight, depth)
+    assert used == [chosen]
 
 
 def test_batch_axes_and_bad_shapes():

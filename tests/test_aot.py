@@ -42,6 +42,7 @@ CALIBRATION = CalibrationConfig(
     window_length=16,
     batch_size=2,
     end_epochs=3,
+    fine_epochs=2,
     end_batch_size=4,
     fit_epochs=2,
     fit_batch_size=4,
@@ -111,29 +112,31 @@ def test_training_is_split_over_the_mesh_and_gives_back_the_state_it_takes():
     assert [(p.name, p.batch, p.tokens) for p in programs] == [
         ("calibration", 2, 16),
         ("tuning", 4, 16),
+        ("fine", 4, 16),
         ("fitting", 4, 16),
     ]
     results = []
     for program in programs:
         whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.arguments))
-        assert local_bytes(program.arguments) < whole / 2
+        assert local_bytes(program.arguments) < whole / (2 if program.name == "fitting" else 3)
         with jax.set_mesh(mesh):
             results.append(jax.eval_shape(program.function, *program.arguments))
-    (params, _, healthy), (tuned, divergences, _), (fitted, _) = results
+    (params, _, healthy), (tuned, divergences, _), (fine, _, _), (fitted, _) = results
     assert params["mlp"]["up_proj"]["kernel"].shape == (64, 128) and healthy.shape == ()
     assert tuned.params["mlp"]["up_proj"]["kernel"].shape == (2, 64, 128) and divergences.shape == (16 // 4,)
+    assert fine.params["mlp"]["up_proj"]["position"].shape == (2, 64, 128)
     assert fitted.routers["mlp"]["up_proj"]["router"].hidden.shape == (2, 64, 8)
-    for result, program in ((tuned, programs[1]), (fitted, programs[2])):
+    for result, program in ((tuned, programs[1]), (fine, programs[2]), (fitted, programs[3])):
         assert shapes(result) == shapes(program.arguments[0])
 
 
 @pytest.mark.parametrize(
     ("changes", "names"),
     [
-        (dict(end_epochs=0), ["calibration", "fitting"]),
-        (dict(fine_epochs=1), ["calibration", "tuning", "fine", "fitting"]),
-        (dict(fit_epochs=0), ["calibration", "tuning"]),
-        (dict(recipe="paper", end_epochs=0), ["calibration"]),
+        (dict(end_epochs=0), ["calibration", "fine", "fitting"]),
+        (dict(fine_epochs=0), ["calibration", "tuning", "fitting"]),
+        (dict(fit_epochs=0), ["calibration", "tuning", "fine"]),
+        (dict(recipe="paper", end_epochs=0, fine_epochs=0), ["calibration"]),
     ],
 )
 def test_only_what_a_recipe_has(changes, names):

@@ -17,12 +17,14 @@ import pytest
 
 from mobiquant_jax.calibration import BlockReport, BlockTrainer, Calibrator, RunDir, pipeline
 from mobiquant_jax.calibration.distillation import Distiller
+from mobiquant_jax.calibration.fine_slices import FineTuner
 from mobiquant_jax.calibration.linears import trainable
 from mobiquant_jax.calibration.routers import RouterState, RouterTrainer, routers_of
 from mobiquant_jax.calibration.run_dir import FINE, TUNING
 from mobiquant_jax.io.checkpoint import abstract_variables
 from mobiquant_jax.models import Block
 from mobiquant_jax.models.elastic import ElasticLinear
+from mobiquant_jax.quant import SlicedWeight
 from mobiquant_jax.routing import BatchBudget, Router
 
 
@@ -278,6 +280,29 @@ def test_a_damaged_state_of_tuning_is_computed_again(
     assert [event[1] for event in observer.events[2:4]] == titles
     assert "bytes long, not" in observer.events[1][1]
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+@pytest.mark.parametrize("end_epochs", [0, 1])
+def test_a_run_ends_with_the_finer_slices(calibrator, trained, recorded, params, windows, monkeypatch, end_epochs):
+    """On top of what tuning, or else the blocks, left; one epoch moves every weight up by three codes."""
+
+    def epoch(self, state, dense, index):
+        if isinstance(self, FineTuner):
+            moved = jax.tree_util.tree_map_with_path(
+                lambda path, leaf: leaf + 3.0 if path[-1].key == "position" else leaf, state.params
+            )
+            state = dataclasses.replace(state, params=self.constrain(moved, state.params))
+        return state, 0.5, True
+
+    monkeypatch.setattr(Distiller, "epoch", epoch)
+    changes = dict(budgets=(4.0, 8.0), end_epochs=end_epochs)
+    without = calibrator("without", Recorder(), **changes).calibrate(params, windows)
+    found = calibrator("with", Recorder(), fine_epochs=1, **changes).calibrate(params, windows)
+    before, after = (
+        np.asarray(jax.vmap(SlicedWeight.codes)(variables["slices"]["layers"]["mlp"]["up_proj"]["weight"]), np.int32)
+        for variables in (without, found)
+    )
+    np.testing.assert_array_equal(after, np.minimum(before + 3, before | 15))
 
 
 def test_thresholds_are_recorded_on_windows_that_routers_were_not_fitted_to(

@@ -43,12 +43,12 @@ def get_config() -> ConfigDict:
     config.calibration.first_epochs = 1
     config.calibration.joint_epochs = 0
     config.calibration.end_epochs = 3
-    config.calibration.end_weight_lr = 1.75e-4
+    config.calibration.end_weight_lr = 1.5e-4
     config.calibration.fit_epochs = 0
     config.calibration.fit_batch_size = 2
     config.calibration.threshold_windows = 3
     config.router.budget_grid = (2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
-    config.evaluation.windows = 12
+    config.evaluation.windows = 10
     config.evaluation.window_length = 256
     config.evaluation.batch_size = 4
     return config

@@ -43,8 +43,7 @@ class CalibrationConfig:
         fine_epochs: epochs, after it, of tuning the finer slices alone; see `fine_slices`. Batches, windows and saves
             are those of the fields ``end_batch_size``, ``end_generated_*`` and ``end_save_seconds``.
         fine_above: bits of a code that are final by then; end-to-end tuning trains at budgets of up to so many only.
-        fine_lr: peak learning rate of the finer slices, in steps of the 8-bit code. Weights start in the middle of
-            their 8-bit bins, so that rates which add up to less than a half over all steps change nothing.
+        fine_lr: peak learning rate of the finer slices, in steps of the 8-bit code.
         end_save_seconds: its state, like that of every stage after it, is saved after the first epoch that ends so long
             after the last save, since saving may take longer than an epoch: a kill costs this and an epoch of each.
         fit_epochs: epochs of fitting all routers together to what their slices gain, once the weights are final; with
@@ -86,7 +85,7 @@ class CalibrationConfig:
     end_generated_share: float = 0.67
     fine_epochs: int = 0
     fine_above: int = 4
-    fine_lr: float = 0.05
+    fine_lr: float = 0.01
     end_save_seconds: float = 120.0
     fit_epochs: int = 2
     fit_batch_size: int = 1

@@ -6,7 +6,9 @@ and the bits below learn what is best for the widths that read them:
 
     floor(p / 2^(8 - w)) = const,        p = 64 W / s + z the position on the grid, w the last final width
 
-Reads of up to ``w`` bits do not change by a bit.
+Reads of up to ``w`` bits do not change by a bit. Training starts from the unquantized model's weights, each where it
+lies in its final bin, or at the end of the bin that is nearer to it: most weights are then what they were before they
+were tuned for few bits.
 """
 
 from collections.abc import Callable
@@ -28,7 +30,15 @@ from mobiquant_jax.calibration.optimizer import FINAL_RATE
 from mobiquant_jax.calibration.samples import spread_budgets
 from mobiquant_jax.models.elastic import ElasticConfig
 from mobiquant_jax.models.layers import project
-from mobiquant_jax.quant import CODE_BITS, LAST_POSITION, SlicedWeight, read_position, slice_codes, widths
+from mobiquant_jax.quant import (
+    CODE_BITS,
+    LAST_POSITION,
+    SlicedWeight,
+    grid_position,
+    read_position,
+    slice_codes,
+    widths,
+)
 
 _NORMS = ("attention_norm", "mlp_norm")
 _MARGIN = 2**CODE_BITS - LAST_POSITION  # what a weight keeps from the upper end of its bin
@@ -57,22 +67,38 @@ class PositionLinear(nn.Module):
         return project(x.astype(self.dtype), read_position(position, scale, zero, control.width)).astype(self.dtype)
 
 
-def positions(layers: Params) -> Params:
-    """The stacked blocks' parameters for this stage, each weight in the middle of its 8-bit bin.
+def positions(layers: Params, original: Params, final_width: int) -> Params:
+    """The stacked blocks' parameters for this stage: as near to the unquantized weights as final bins allow.
 
     Args:
         layers: variables of the packed blocks, ``params`` and ``slices``.
+        original: parameters of the unquantized blocks.
+        final_width: how many bits of every code are final.
     """
     params: Params = {name: layers["params"][name] for name in _NORMS}
     for part, linears in layers["slices"].items():
-        params[part] = {name: _position(linear["weight"]) for name, linear in linears.items()}
+        params[part] = {
+            name: _position(linear["weight"], original[part][name]["kernel"], final_width)
+            for name, linear in linears.items()
+        }
     return params
 
 
-def _position(weight: SlicedWeight) -> Params:
-    codes = jax.vmap(SlicedWeight.codes)(weight)
+def _position(weight: SlicedWeight, kernel: Float[Array, "L rows columns"], final_width: int) -> Params:
     scale, zero = weight.scale.astype(jnp.float32), weight.zero.astype(jnp.float32)
-    return {"position": codes.astype(jnp.float32) + 0.5, "scale": scale, "zero": zero}
+    codes = jax.vmap(SlicedWeight.codes)(weight).astype(jnp.float32)
+    return {
+        "position": _in_bin(jax.vmap(grid_position)(kernel, scale, zero), codes, final_width),
+        "scale": scale,
+        "zero": zero,
+    }
+
+
+def _in_bin(position: Array, inside: Array, final_width: int) -> Array:
+    """The position nearest to ``position`` in the bin of ``final_width`` bits around ``inside``."""
+    size = 2.0 ** (CODE_BITS - final_width)
+    low = jnp.floor(inside / size) * size
+    return jnp.clip(position, low, low + (size - _MARGIN))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +123,7 @@ class FineTuner(Distiller):
     @cached_property
     def abstract_params(self) -> Params:
         """See `Distiller`."""
-        return jax.eval_shape(positions, self._abstract_packed)
+        return jax.eval_shape(self._positions, self._abstract_packed, self.abstract_dense["layers"])
 
     @cached_property
     def _abstract_packed(self) -> Params:
@@ -114,20 +140,19 @@ class FineTuner(Distiller):
 
     def constrain(self, params: Params, before: Params) -> Params:
         """See `Distiller`: no weight leaves its bin at the last final width."""
-        size = 2.0 ** (CODE_BITS - self.calibration.fine_above)
 
         def one(path: Any, new: Array, old: Array) -> Array:
-            if path[-1].key != "position":
-                return new
-            low = jnp.floor(old / size) * size
-            return jnp.clip(new, low, low + (size - _MARGIN))
+            return _in_bin(new, old, self.calibration.fine_above) if path[-1].key == "position" else new
 
         return jax.tree_util.tree_map_with_path(one, params, before)
 
     @cached_property
-    def begin(self) -> Callable[[Params], Params]:
-        """Jitted `positions`."""
-        return jax.jit(positions, out_shardings=self.placement.shardings(self.abstract_params))
+    def begin(self) -> Callable[[Params, Params], Params]:
+        """Jitted `positions` of the packed blocks, given the unquantized ones."""
+        return jax.jit(self._positions, out_shardings=self.placement.shardings(self.abstract_params))
+
+    def _positions(self, layers: Params, original: Params) -> Params:
+        return positions(layers, original, self.calibration.fine_above)
 
     @cached_property
     def slices(self) -> Callable[[Params], Params]:

@@ -14,14 +14,14 @@ from jaxtyping import Int
 
 from mobiquant_jax import distributed
 from mobiquant_jax.calibration.linears import Params
-from mobiquant_jax.models import LlamaConfig
+from mobiquant_jax.models import KVCache, LlamaConfig
 from mobiquant_jax.models.elastic import ElasticModel
 from mobiquant_jax.serving import SamplingConfig, generate
 
 PIECE_LENGTH = 256  # tokens of a generated text; the work of a token grows with the length of what precedes it
 PROMPT_LENGTH = 16  # of which are the beginning, cut from the calibration text
 
-BATCH_SIZE = 256  # texts written at once; at LLaMA-3-8B's shapes their cache takes 8 GB
+CACHE_BYTES = 8e9  # most that the caches of all texts written at once take
 
 
 def write_windows(
@@ -53,7 +53,9 @@ def write_windows(
     if piece <= PROMPT_LENGTH:
         raise ValueError(f"windows of {length} tokens are too short to generate: more than {PROMPT_LENGTH} are needed")
     pieces = -(-count * length // piece)
-    batch_size = min(BATCH_SIZE, pieces)
+    cache = jax.eval_shape(lambda: KVCache.create(config, 1, piece, dtype))
+    at_once = max(1, int(CACHE_BYTES / sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))))
+    batch_size = -(-pieces // -(-pieces // at_once))  # as even as can be
     model = ElasticModel(config=config, variables={"params": params}, dtype=dtype)
     rng = np.random.default_rng([seed, 2])
     text = windows.ravel()

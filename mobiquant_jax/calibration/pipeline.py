@@ -2,9 +2,9 @@
 
 All of it lies on one mesh. The streams are split over its batch axes: a device, and so a process, holds and computes
 its own windows. In the devices' memory are one block and its optimizer, the next block's weights, which are read while
-this one trains, and both streams or, where ``calibration.streams`` keeps those on the host, two batches of them. What
-follows the blocks (tuning, also of the finer slices alone, fitting the routers, recording thresholds) needs the whole
-model there.
+this one trains, the trained weights of the block before, which are written meanwhile, and both streams or, where
+``calibration.streams`` keeps those on the host, two batches of them. What follows the blocks (tuning, also of the finer
+slices alone, fitting the routers, recording thresholds) needs the whole model there.
 
 Order on ``resume``: the folder's blocks are read instead of trained, all but those that are damaged; streams are
 recomputed through them, so a resumed run continues with the very numbers of an uninterrupted one.
@@ -41,6 +41,7 @@ from mobiquant_jax.calibration.run_dir import FINE, ROUTER, TUNING, RunDir
 from mobiquant_jax.calibration.samples import Samples
 from mobiquant_jax.calibration.stacking import stack_blocks
 from mobiquant_jax.calibration.thresholds import record_thresholds
+from mobiquant_jax.calibration.write_behind import WriteBehind
 from mobiquant_jax.io import layer
 from mobiquant_jax.io.checkpoint import DamagedTree, load_tree, save_tree
 from mobiquant_jax.models import LlamaConfig
@@ -61,7 +62,7 @@ class Observer(Protocol):
         """An epoch of a block is done."""
 
     def on_block(self, block: int, report: BlockReport, seconds: float) -> None:
-        """A block is trained and saved."""
+        """A block is trained; it is saved while the next one trains."""
 
     def on_generated(self, done: int, total: int) -> None:
         """So many texts of the unquantized model are written."""
@@ -154,13 +155,15 @@ class Calibrator:
         def read(index: int) -> Params:
             return self.placement.put(jax.tree.map(lambda leaf: layer(leaf, index), params["layers"]))
 
-        for index, dense in enumerate(read_ahead(read, self.config.num_hidden_layers)):
-            target = trainer.dense_block(dense, full)
-            trained = self._load(self.run.block(index), trainer.abstract_trained)
-            if trained is None:
-                trained = self._train_block(trainer, dense, quantized, target, index)
-            quantized = trainer.packed_block(trainer.pack(trained), quantized)
-            full = target
+        with WriteBehind() as behind:
+            for index, dense in enumerate(read_ahead(read, self.config.num_hidden_layers)):
+                target = trainer.dense_block(dense, full)
+                trained = self._load(self.run.block(index), trainer.abstract_trained)
+                if trained is None:
+                    trained = self._train_block(trainer, dense, quantized, target, index)
+                    behind.submit(partial(save_tree, self.run.block(index), trained))
+                quantized = trainer.packed_block(trainer.pack(trained), quantized)
+                full = target
 
     def _finished_blocks(self) -> int:
         """How many blocks from the first one on are on disk; orbax renames a block into place when it is complete."""
@@ -191,7 +194,6 @@ class Calibrator:
         traced = index == self.profile_block
         with jax.profiler.trace(str(self.run.profile)) if traced else contextlib.nullcontext():
             trained, report = trainer.train(dense, quantized, target, index, on_epoch)
-        save_tree(self.run.block(index), trained)
         seconds = time.perf_counter() - start
         self.run.log(
             {
@@ -239,7 +241,9 @@ class Calibrator:
             layers = self._packed_blocks(trainer)
         if cal.fine_epochs:
             fine = FineTuner(**common)
-            tuned = self._distil(fine, lambda: fine.begin(layers), dense, FINE, "finer slices", cal.fine_epochs)
+            tuned = self._distil(
+                fine, lambda: fine.begin(layers, dense["layers"]), dense, FINE, "finer slices", cal.fine_epochs
+            )
             layers = layers | {"slices": fine.slices(tuned)}
         return layers
 

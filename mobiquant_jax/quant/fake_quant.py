@@ -29,9 +29,16 @@ def fake_quantize(
         Float32 ``[in, out]``; the gradient flows to the weight and to both logits.
     """
     scale, zero = scale_and_zero(*limits(weight, clipping))
+    return read_position(grid_position(weight, scale, zero), scale, zero, width)
+
+
+def grid_position(
+    weight: Float[Array, "in out"], scale: Float[Array, "groups out"], zero: Float[Array, "groups out"]
+) -> Float[Array, "in out"]:
+    """Where a weight lies on its group's grid: ``64 W / s + z``, clipped to 0 .. `LAST_POSITION`."""
     grouped = group(weight, weight.shape[0] // scale.shape[0])
-    position = jnp.clip(FINE_STEPS * grouped / scale[:, None] + zero[:, None], 0.0, LAST_POSITION)
-    return read_position(position.reshape(weight.shape), scale, zero, width)
+    position = FINE_STEPS * grouped / scale[:, None] + zero[:, None]
+    return jnp.clip(position, 0.0, LAST_POSITION).reshape(weight.shape)
 
 
 def read_position(

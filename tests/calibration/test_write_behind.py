@@ -1,0 +1,59 @@
+"""Writing behind: order, overlap, and where errors come out."""
+
+import threading
+
+import jax
+import pytest
+
+from mobiquant_jax.calibration.write_behind import WriteBehind
+
+
+def refuse():
+    raise OSError("disk full")
+
+
+def test_a_write_runs_beside_the_caller_and_all_are_done_at_the_end():
+    caller_went_on = threading.Event()
+    done = []
+
+    def first():
+        assert caller_went_on.wait(timeout=20)
+        done.append(1)
+
+    with WriteBehind() as behind:
+        behind.submit(first)
+        assert not done
+        caller_went_on.set()
+        behind.submit(lambda: done.append(2))
+        assert done[0] == 1  # a write does not begin before the one before it is done
+    assert done == [1, 2]
+
+
+def test_an_error_comes_out_at_the_next_write_or_at_the_end():
+    with pytest.raises(OSError, match="disk full"), WriteBehind() as behind:
+        behind.submit(refuse)
+    reached = []
+    with pytest.raises(OSError, match="disk full"), WriteBehind() as behind:
+        behind.submit(refuse)
+        behind.submit(lambda: reached.append(1))
+    assert not reached
+
+
+def test_an_error_of_the_caller_is_not_replaced_and_loses_no_write():
+    done = []
+    with pytest.raises(RuntimeError, match="mine"), WriteBehind() as behind:
+        behind.submit(lambda: done.append(1))
+        raise RuntimeError("mine")
+    assert done == [1]
+    with pytest.raises(RuntimeError, match="mine"), WriteBehind() as behind:
+        behind.submit(refuse)
+        raise RuntimeError("mine")
+
+
+def test_several_processes_write_at_once(monkeypatch):
+    """They meet inside of a write, so that none may be somewhere else."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    threads = []
+    with WriteBehind() as behind:
+        behind.submit(lambda: threads.append(threading.current_thread()))
+        assert threads == [threading.current_thread()]

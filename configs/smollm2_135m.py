@@ -40,8 +40,7 @@ def get_config() -> ConfigDict:
     config.calibration.window_length = 256
     config.calibration.batch_size = 4
     config.calibration.budgets = (2.0, 3.0, 4.0, 6.0, 8.0)
-    config.calibration.first_epochs = 1
-    config.calibration.joint_epochs = 0
+    config.calibration.epochs = 1
     config.calibration.end_epochs = 3
     config.calibration.end_weight_lr = 1.5e-4
     config.calibration.fit_epochs = 0

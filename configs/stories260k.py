@@ -5,7 +5,7 @@ r"""A LLaMA of 260 thousand parameters that tells children's stories: the smalle
 
 Needs: DIR, the stories260K weights of llama2.c as a Hugging Face folder (1 MB), and, since it has no tokenizer, the
 token ids of stories in a .npy file.
-Expect: under a minute on one CPU core; checkpoint in ``runs/stories260k``.
+Expect: two minutes on two CPU cores; checkpoint in ``runs/stories260k``.
 """
 
 from ml_collections import ConfigDict

@@ -196,7 +196,7 @@ def test_optimizer_state_follows_the_parameters(mesh, model):
         jax.tree_util.keystr(path): spec.spec
         for path, spec in jax.tree_util.tree_leaves_with_path(placement.shardings(params))
     }
-    (stage, _) = stages(CalibrationConfig())
+    (stage,) = stages(CalibrationConfig())
     state = jax.eval_shape(grouped_adamw(stage.weight_lr, stage.clipping_lr, 1e-3, 10).init, params)
     found = jax.tree_util.tree_leaves_with_path(placement.shardings(state))
     moments = [(jax.tree_util.keystr(path), spec.spec) for path, spec in found if "mu" in jax.tree_util.keystr(path)]

@@ -86,17 +86,15 @@ class BlockFunctions:
     def loss(self, stage: Stage) -> Callable[..., Array]:
         """``(params, dense, (x, target), scalar, progress)`` to what a step minimizes; ``dense`` is the block's own."""
         cal = self.calibration
-        nested = stage.routing in ("first_slice", "uniform")
-        linear = NestedLinear if nested else RoutedLinear
+        routed = stage.routing == "penalty"
+        linear = RoutedLinear if routed else NestedLinear
         block = Block(self.config, linear=partial(linear, elastic=self.elastic), dtype=self.dtype)
         dense_block = Block(self.config, dtype=self.dtype)
 
         def control(scalar: Array) -> Any:
-            if nested:
-                return UniformWidth(width=scalar.astype(jnp.int32))
-            if stage.routing == "penalty":
+            if routed:
                 return FixedThreshold(threshold=jnp.zeros(()), temperature=cal.temperature)
-            return BatchBudget(bits=scalar, temperature=cal.temperature)
+            return UniformWidth(width=scalar.astype(jnp.int32))
 
         def loss(params: Params, dense: Params, batch: Any, scalar: Array, progress: Array) -> Array:
             x, target = batch
@@ -105,7 +103,7 @@ class BlockFunctions:
             if cal.propagated_weight:
                 follow, _ = dense_block.apply({"params": dense}, x, _positions(x))
                 total += cal.propagated_weight * objective(sample_error(y, follow, cal.loss), cal.loss)
-            if stage.routing == "penalty":
+            if routed:
                 used = jnp.mean(average_bits(self.config, state["stats"]))
                 total += budget_penalty(used, scheduled_budget(progress, scalar), cal.penalty)
             return total

@@ -9,7 +9,7 @@ RECIPES = ("elastic", "paper")
 STREAMS = ("device", "host")
 LOSSES = ("mse", "relative", "log_relative")
 
-Routing = Literal["first_slice", "uniform", "quantile", "penalty"]
+Routing = Literal["first_slice", "uniform", "penalty"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,19 +17,19 @@ class CalibrationConfig:
     """Settings of block-wise calibration.
 
     Attributes:
-        recipe: ``"elastic"`` trains weights, clipping and routers under budgets that are met exactly; ``"paper"``
-            trains clipping and routers only, weights frozen, under a budget penalty (arXiv 2602.20191).
+        recipe: ``"elastic"`` trains weights and clipping, all tokens of a step at one width, and fits the routers once
+            they are final; ``"paper"`` trains clipping and routers only, weights frozen, under a budget penalty
+            (arXiv 2602.20191).
         windows: calibration windows; a multiple of the number of budgets.
         window_length: tokens a window.
         batch_size: windows a step; all at one budget.
         budgets: average bits that the windows are streamed and trained at.
         budgets_per_window: at how many of the budgets each window is streamed.
-        first_epochs: epochs of stage 1, which settles the slices before there is routing.
-        joint_epochs: epochs of stage 2, slices and routers together; in the recipe "elastic" these routers shape the
-            training of the weights only, since others are fitted in the end.
+        epochs: epochs of a block's training.
+        joint_epochs: how many of them, the last ones, train slices and routers together (recipe "paper").
         weight_lr: peak learning rate of the weights (recipe "elastic").
         clipping_lr: peak learning rate of the clipping logits.
-        router_lr: peak learning rate of the routers in stage 2.
+        router_lr: peak learning rate of the routers in the blocks' training (recipe "paper").
         loss: block error: ``"mse"``; ``"relative"``, each token's error over its energy, so that an attention sink
             counts as one token; ``"log_relative"``, its logarithm, which gives every budget the same pull.
         propagated_weight: weight of a second target, the full-precision block on the quantized stream.
@@ -51,7 +51,7 @@ class CalibrationConfig:
             Needs memory for the whole packed model, and for the logits and activations of ``fit_batch_size`` windows.
         fit_batch_size: windows a step of it.
         fit_lr: peak learning rate of the routers in it.
-        temperature: of the gates' surrogate gradient.
+        temperature: of the gates' surrogate gradient (recipe "paper").
         dtype: type of the matmuls in training, ``"float32"`` or ``"bfloat16"``; parameters and errors are float32.
         streams: where the activations of all windows are kept: ``"device"``, split over the devices' memory, or
             ``"host"``, whole in each process's, from where a batch at a time goes to the devices. The steps are the
@@ -70,7 +70,7 @@ class CalibrationConfig:
     batch_size: int = 1
     budgets: tuple[float, ...] = (2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
     budgets_per_window: int = 1
-    first_epochs: int = 10
+    epochs: int = 20
     joint_epochs: int = 10
     weight_lr: float = 1e-4
     clipping_lr: float = 1e-2
@@ -118,8 +118,10 @@ class CalibrationConfig:
             )
         if self.window_length < 2:
             raise ValueError(f"calibration.window_length={self.window_length} must be at least 2")
-        if min(self.first_epochs, self.joint_epochs) < 0 or self.first_epochs + self.joint_epochs < 1:
-            raise ValueError(f"calibration epochs {self.first_epochs} + {self.joint_epochs} must be at least 1")
+        if self.epochs < 1:
+            raise ValueError(f"calibration.epochs={self.epochs} must be at least 1")
+        if self.recipe == "paper" and self.joint_epochs > self.epochs:
+            raise ValueError(f"calibration.joint_epochs={self.joint_epochs} exceeds epochs={self.epochs}")
         if not 1 <= self.end_batch_size <= self.windows:
             raise ValueError(f"calibration.end_batch_size={self.end_batch_size} is outside 1..{self.windows}")
         for name in ("end_epochs", "fine_epochs"):
@@ -179,43 +181,45 @@ class Stage:
         name: for messages.
         epochs: passes over the samples.
         routing: which depths the tokens train at: ``"first_slice"`` all at depth 1; ``"uniform"`` all at one depth,
-            drawn to meet the sample's budget on average; ``"quantile"`` by router, meeting the budget exactly;
-            ``"penalty"`` by router against threshold 0, with the budget a penalty.
-        weight_lr: of the kernels; 0 freezes them.
+            drawn to meet the sample's budget on average; ``"penalty"`` by router against threshold 0, with the budget
+            a penalty.
         clipping_lr: of the clipping logits.
+        weight_lr: of the kernels; 0 freezes them.
         router_lr: of the routers; 0 freezes them.
     """
 
     name: str
     epochs: int
     routing: Routing
-    weight_lr: float
     clipping_lr: float
-    router_lr: float
+    weight_lr: float = 0.0
+    router_lr: float = 0.0
 
 
 def stages(config: CalibrationConfig) -> tuple[Stage, ...]:
     """The stages of the config's recipe; those without epochs are left out."""
-    first: Routing = "first_slice"
-    joint: Routing = "penalty"
-    weight_lr = 0.0
+    clipping_lr = config.clipping_lr
     if config.recipe == "elastic":
-        first, joint, weight_lr = "uniform", "quantile", config.weight_lr
+        nested = Stage(
+            name="nested",
+            epochs=config.epochs,
+            routing="uniform",
+            clipping_lr=clipping_lr,
+            weight_lr=config.weight_lr,
+        )
+        return (nested,)
     both = (
         Stage(
-            name="first slice" if first == "first_slice" else "nested",
-            epochs=config.first_epochs,
-            routing=first,
-            weight_lr=weight_lr,
-            clipping_lr=config.clipping_lr,
-            router_lr=0.0,
+            name="first slice",
+            epochs=config.epochs - config.joint_epochs,
+            routing="first_slice",
+            clipping_lr=clipping_lr,
         ),
         Stage(
             name="joint",
             epochs=config.joint_epochs,
-            routing=joint,
-            weight_lr=weight_lr,
-            clipping_lr=config.clipping_lr,
+            routing="penalty",
+            clipping_lr=clipping_lr,
             router_lr=config.router_lr,
         ),
     )
@@ -223,6 +227,7 @@ def stages(config: CalibrationConfig) -> tuple[Stage, ...]:
 
 
 _NOT_NEGATIVE = (
+    "joint_epochs",
     "end_save_seconds",
     "weight_lr",
     "clipping_lr",

@@ -57,6 +57,5 @@ def epoch_flops(config: LlamaConfig, stage: Stage, *, windows: int, length: int,
         slices: of each linear.
         follows: whether the full-precision block runs on the quantized stream too, forward only.
     """
-    nested = stage.routing in ("first_slice", "uniform")
-    step = 3 * block_flops(config, length, 1 if nested else slices)
+    step = 3 * block_flops(config, length, slices if stage.routing == "penalty" else 1)
     return windows * (step + (block_flops(config, length) if follows else 0.0))

@@ -6,7 +6,6 @@ from mobiquant_jax.routing.budget import (
     lookup,
     prefix_scores,
     threshold_for_bits,
-    threshold_gradient,
 )
 from mobiquant_jax.routing.fused import FusedRouter
 from mobiquant_jax.routing.gates import depth_masks, gate, mask_bits, mask_depth, prefix_masks
@@ -44,5 +43,4 @@ __all__ = [
     "prefix_scores",
     "score",
     "threshold_for_bits",
-    "threshold_gradient",
 ]

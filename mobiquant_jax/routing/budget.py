@@ -50,23 +50,6 @@ def threshold_for_bits(
     return jnp.where(jnp.isinf(last_in), jnp.inf, jnp.where(jnp.isinf(first_out), -jnp.inf, middle))
 
 
-def threshold_gradient(
-    scores: Float[Array, "*batch E-1"], threshold: Float[Array, ""], slice_bits: tuple[int, ...], temperature: float
-) -> Float[Array, "*batch E-1"]:
-    """How the threshold that keeps the average bits follows each score, with the gates' surrogate in place of the step.
-
-    From sum_te b_e sigmoid((S_te - tau) / T) = const:
-
-        d tau / d S_te = w_te / sum w,        w_te = b_e sigmoid'((S_te - tau) / T)
-
-    Without it every score would rise, since every slice helps, and an optimizer that scales gradients by their size
-    would see little else.
-    """
-    surrogate = jax.nn.sigmoid((scores - threshold) / temperature)
-    weight = jnp.asarray(slice_bits[1:], jnp.float32) * surrogate * (1 - surrogate)
-    return weight / (jnp.sum(weight) + 1e-20)
-
-
 def lookup(
     table: Float[Array, " grid"], grid: tuple[float, ...], bits: Float[Array, "*batch"]
 ) -> Float[Array, "*batch"]:

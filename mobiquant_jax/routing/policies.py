@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from mobiquant_jax.routing.budget import adjacent_mix, lookup, threshold_for_bits, threshold_gradient
+from mobiquant_jax.routing.budget import adjacent_mix, lookup, threshold_for_bits
 from mobiquant_jax.routing.gates import depth_masks, gate, prefix_masks
 
 
@@ -65,23 +65,18 @@ class TableBudget:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class BatchBudget:
-    """Calibration's policy: the threshold is the batch's own quantile, so the average is met exactly.
+    """For models whose thresholds are not recorded yet: the batch's own quantile meets the average exactly.
 
     Attributes:
         bits: target average bits over the batch.
-        temperature: of the gates' surrogate gradient.
     """
 
     bits: Float[Array, ""]
-    temperature: float = field(default=1.0, metadata={"static": True})
 
     def masks(self, inputs: RoutingInputs) -> Float[Array, "B T E-1"]:
-        """See `Policy`. The threshold moves with the scores, so that a gradient only ever trades tokens for tokens."""
-        scores = jax.lax.stop_gradient(inputs.scores)
-        threshold = threshold_for_bits(scores, self.bits, inputs.slice_bits)
-        share = threshold_gradient(scores, threshold, inputs.slice_bits, self.temperature)
-        threshold = threshold + jnp.sum(share * (inputs.scores - scores))
-        return prefix_masks(gate(inputs.scores, threshold, self.temperature))
+        """See `Policy`."""
+        threshold = threshold_for_bits(inputs.scores, self.bits, inputs.slice_bits)
+        return prefix_masks((inputs.scores > threshold).astype(jnp.float32))
 
 
 @jax.tree_util.register_dataclass

@@ -38,7 +38,7 @@ def recipe():
             windows=4,
             window_length=16,
             budgets=(5.0, 6.0),
-            first_epochs=2,
+            epochs=4,
             joint_epochs=2,
             weight_lr=3e-3,
             threshold_windows=2,

@@ -26,8 +26,10 @@ from mobiquant_jax.calibration.config import Stage, stages
         (dict(batch_size=0), "calibration.batch_size=0 does not divide 16 windows a budget"),
         (dict(batch_size=3), "calibration.batch_size=3 does not divide 16 windows a budget"),
         (dict(window_length=1), "calibration.window_length=1 must be at least 2"),
-        (dict(first_epochs=-1), "calibration epochs -1 + 10 must be at least 1"),
-        (dict(first_epochs=0, joint_epochs=0), "calibration epochs 0 + 0 must be at least 1"),
+        (dict(epochs=0), "calibration.epochs=0 must be at least 1"),
+        (dict(epochs=-1, recipe="paper"), "calibration.epochs=-1 must be at least 1"),
+        (dict(joint_epochs=-1), "calibration.joint_epochs=-1 must be finite and not negative"),
+        (dict(joint_epochs=21, recipe="paper"), "calibration.joint_epochs=21 exceeds epochs=20"),
         (dict(end_epochs=-2), "calibration.end_epochs=-2 must be finite and not negative"),
         (dict(fit_epochs=-1), "calibration.fit_epochs=-1 must be finite and not negative"),
         (dict(recipe="paper", end_epochs=2), "calibration.end_epochs=2: the recipe 'paper' ends with the blocks"),
@@ -108,15 +110,20 @@ def test_samples_per_budget():
 
 def test_stages_of_the_recipes():
     rates = dict(weight_lr=1.0, clipping_lr=2.0, router_lr=3.0)
-    elastic = CalibrationConfig(first_epochs=4, joint_epochs=5, **rates)
+    elastic = CalibrationConfig(epochs=9, joint_epochs=5, **rates)
     paper = dataclasses.replace(elastic, recipe="paper")
     assert stages(elastic) == (
-        Stage(name="nested", epochs=4, routing="uniform", weight_lr=1.0, clipping_lr=2.0, router_lr=0.0),
-        Stage(name="joint", epochs=5, routing="quantile", weight_lr=1.0, clipping_lr=2.0, router_lr=3.0),
+        Stage(name="nested", epochs=9, routing="uniform", weight_lr=1.0, clipping_lr=2.0, router_lr=0.0),
     )
     assert stages(paper) == (
         Stage(name="first slice", epochs=4, routing="first_slice", weight_lr=0.0, clipping_lr=2.0, router_lr=0.0),
         Stage(name="joint", epochs=5, routing="penalty", weight_lr=0.0, clipping_lr=2.0, router_lr=3.0),
     )
-    assert [stage.name for stage in stages(dataclasses.replace(paper, first_epochs=0))] == ["joint"]
-    assert [stage.name for stage in stages(dataclasses.replace(elastic, joint_epochs=0))] == ["nested"]
+    assert [stage.name for stage in stages(dataclasses.replace(paper, joint_epochs=9))] == ["joint"]
+    assert [stage.name for stage in stages(dataclasses.replace(paper, joint_epochs=0))] == ["first slice"]
+    assert stages(dataclasses.replace(elastic, epochs=3)) == (dataclasses.replace(stages(elastic)[0], epochs=3),)
+
+
+def test_both_recipes_train_a_block_for_twenty_epochs_by_default():
+    for recipe, epochs in (("elastic", [20]), ("paper", [10, 10])):
+        assert [stage.epochs for stage in stages(CalibrationConfig(recipe=recipe))] == epochs

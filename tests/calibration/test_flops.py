@@ -17,10 +17,11 @@ def test_a_block_by_hand(config):
 
 
 def test_an_epoch_by_hand(config):
-    nested, joint = stages(CalibrationConfig())
+    (nested,), (first, joint) = (stages(CalibrationConfig(recipe=recipe)) for recipe in ("elastic", "paper"))
     sizes = dict(windows=6, length=10, slices=4)
     once = block_flops(config, 10)
     assert epoch_flops(config, nested, **sizes, follows=False) == 6 * 3 * once
+    assert epoch_flops(config, first, **sizes, follows=False) == 6 * 3 * once
     assert epoch_flops(config, nested, **sizes, follows=True) == 6 * 4 * once
     assert epoch_flops(config, joint, **sizes, follows=False) == 6 * 3 * block_flops(config, 10, slices=4)
 

@@ -68,7 +68,7 @@ def trained(monkeypatch):
 
     def train(self, dense, quantized, target, index, on_epoch):
         calls[index] = jax.tree.map(np.array, (dense, quantized, target))
-        on_epoch("joint", 1, 1, 0.5)
+        on_epoch("nested", 1, 1, 0.5)
         params = trainable(dense, self.config, self.elastic, jax.random.key(index))
         shift = 1 + 0.01 * jnp.tanh(jnp.mean(quantized) + jnp.mean(target))
         params = jax.tree.map(lambda leaf: leaf * shift, params)
@@ -133,9 +133,9 @@ def test_the_streams_of_two_blocks_and_a_run_that_continues(
     variables = whole.calibrate(params, windows)
     assert observer.events == [
         ("start", 2, 0),
-        ("epoch", 0, "joint"),
+        ("epoch", 0, "nested"),
         ("block", 0, 0.5),
-        ("epoch", 1, "joint"),
+        ("epoch", 1, "nested"),
         ("block", 1, 1.5),
         ("fitted", 1, 2, True),
         ("fitted", 2, 2, True),
@@ -188,7 +188,7 @@ def test_the_streams_of_two_blocks_and_a_run_that_continues(
     trained.clear()
     observer = Recorder()
     continued = calibrator("cut", observer).calibrate(params, windows)
-    assert observer.events[:2] == [("start", 2, 1), ("epoch", 1, "joint")] and list(trained) == [1]
+    assert observer.events[:2] == [("start", 2, 1), ("epoch", 1, "nested")] and list(trained) == [1]
     for got, expected in zip(jax.tree.leaves(trained[1]), jax.tree.leaves(first[1]), strict=True):
         np.testing.assert_array_equal(got, expected)
     for got, expected in zip(jax.tree.leaves(continued), jax.tree.leaves(variables), strict=True):

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.optimize
 
 from mobiquant_jax import routing
 
@@ -102,36 +101,22 @@ def test_uniform_depth():
     np.testing.assert_array_equal(depth, np.broadcast_to([[1], [3], [4]], (3, 257)))
 
 
-def test_batch_budget_trains_the_scores():
-    """Its gradient is that of soft gates whose threshold always keeps their average, by differences in float64."""
-    rng = np.random.default_rng(10)
-    scores, worth = 2 * rng.normal(size=(1, 23)), rng.normal(size=(1, 23))
-
-    def loss(s):
-        masks = routing.BatchBudget(bits=jnp.float32(6)).masks(
-            routing.RoutingInputs(x=jnp.zeros((1, 23, 4)), scores=s[..., None], slice_bits=(4, 4))
-        )
-        return -jnp.sum(masks[..., 0] * worth)
-
-    start = float(routing.threshold_for_bits(jnp.asarray(scores[..., None], jnp.float32), 6.0, (4, 4)))
-
-    def gates(s, tau):
-        return 1 / (1 + np.exp(tau - s))
-
-    opened = gates(scores, start).sum()
-
-    def soft_loss(s):
-        tau = scipy.optimize.brentq(lambda t: gates(s, t).sum() - opened, start - 1, start + 1, xtol=1e-13)
-        return -np.sum(gates(s, tau) * worth)
-
-    expected = np.zeros_like(scores)
-    for token in range(23):
-        step = np.zeros_like(scores)
-        step[0, token] = 1e-5
-        expected[0, token] = (soft_loss(scores + step) - soft_loss(scores - step)) / 2e-5
-    found = jax.grad(loss)(jnp.asarray(scores, jnp.float32))
-    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
-    assert abs(float(found.sum())) < 1e-5  # scores that all rise together change nothing
+@pytest.mark.parametrize("slice_bits", SLICE_BITS)
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.55, 1.0])
+def test_batch_budget_reads_the_highest_scores_that_it_pays_for(slice_bits, share):
+    """All slices of all tokens in one list, by a token's lowest score so far, bought from the top."""
+    inputs = inputs_of(10, slice_bits)
+    budget = slice_bits[0] + share * (8 - slice_bits[0])
+    masks = np.asarray(routing.BatchBudget(bits=jnp.float32(budget)).masks(inputs))
+    lowest = np.minimum.accumulate(np.asarray(inputs.scores), axis=-1)
+    cost = np.broadcast_to(np.asarray(slice_bits[1:], float), lowest.shape)
+    read = masks == 1
+    assert set(np.unique(masks)) <= {0.0, 1.0} and np.all(np.diff(masks, axis=-1) <= 0)
+    assert read.any() == (share > 0) and read.all() == (share == 1)
+    if 0 < share < 1:
+        assert lowest[read].min() > lowest[~read].max()
+    left = (budget - slice_bits[0]) * lowest[..., 0].size - cost[read].sum()
+    assert -2e-4 * lowest[..., 0].size <= left <= sum(slice_bits[1:]) + 1e-3
 
 
 def test_router_matches_numpy():

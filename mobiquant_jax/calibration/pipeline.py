@@ -160,8 +160,7 @@ class Calibrator:
                 target = trainer.dense_block(dense, full)
                 trained = self._load(self.run.block(index), trainer.abstract_trained)
                 if trained is None:
-                    trained = self._train_block(trainer, dense, quantized, target, index)
-                    behind.submit(partial(save_tree, self.run.block(index), trained))
+                    trained = self._train_block(trainer, dense, quantized, target, index, behind)
                 quantized = trainer.packed_block(trainer.pack(trained), quantized)
                 full = target
 
@@ -184,7 +183,7 @@ class Calibrator:
             return None
 
     def _train_block(
-        self, trainer: BlockTrainer, dense: Params, quantized: Stream, target: Stream, index: int
+        self, trainer: BlockTrainer, dense: Params, quantized: Stream, target: Stream, index: int, behind: WriteBehind
     ) -> Params:
         start = time.perf_counter()
 
@@ -195,17 +194,21 @@ class Calibrator:
         with jax.profiler.trace(str(self.run.profile)) if traced else contextlib.nullcontext():
             trained, report = trainer.train(dense, quantized, target, index, on_epoch)
         seconds = time.perf_counter() - start
-        self.run.log(
-            {
-                "block": index,
-                "before": report.before,
-                "after": report.after,
-                "bits": report.bits,
-                "seconds": round(seconds, 3),
-                "flops": report.flops,
-                "note": report.note,
-            }
-        )
+        record = {
+            "block": index,
+            "before": report.before,
+            "after": report.after,
+            "bits": report.bits,
+            "seconds": round(seconds, 3),
+            "flops": report.flops,
+            "note": report.note,
+        }
+
+        def save() -> None:
+            save_tree(self.run.block(index), trained)
+            self.run.log(record)
+
+        behind.submit(save)
         self.observer.on_block(index, report, seconds)
         return trained
 

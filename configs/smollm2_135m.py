@@ -42,7 +42,8 @@ def get_config() -> ConfigDict:
     config.calibration.budgets = (2.0, 3.0, 4.0, 6.0, 8.0)
     config.calibration.epochs = 1
     config.calibration.end_epochs = 3
-    config.calibration.end_weight_lr = 1.5e-4
+    config.calibration.end_weight_lr = 2.5e-4
+    config.calibration.fine_above = 4
     config.calibration.fit_epochs = 0
     config.calibration.fit_batch_size = 2
     config.calibration.threshold_windows = 3

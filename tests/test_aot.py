@@ -42,6 +42,7 @@ CALIBRATION = CalibrationConfig(
     window_length=16,
     batch_size=2,
     end_epochs=3,
+    fine_above=4,
     fine_epochs=2,
     end_batch_size=4,
     fit_epochs=2,
@@ -136,7 +137,7 @@ def test_training_is_split_over_the_mesh_and_gives_back_the_state_it_takes():
         (dict(end_epochs=0), ["calibration", "fine", "fitting"]),
         (dict(fine_epochs=0), ["calibration", "tuning", "fitting"]),
         (dict(fit_epochs=0), ["calibration", "tuning", "fine"]),
-        (dict(recipe="paper", end_epochs=0, fine_epochs=0), ["calibration"]),
+        (dict(recipe="paper", end_epochs=0, fine_epochs=0, fine_above=8), ["calibration"]),
     ],
 )
 def test_only_what_a_recipe_has(changes, names):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from mobiquant_jax.quant import widths
+from mobiquant_jax.quant import CODE_BITS, widths
 
 RECIPES = ("elastic", "paper")
 STREAMS = ("device", "host")
@@ -40,9 +40,10 @@ class CalibrationConfig:
         end_clipping_lr: of the clipping logits.
         end_generated_windows: windows that the unquantized model writes itself to learn from; 0 for none.
         end_generated_share: share of them in each epoch's windows.
-        fine_epochs: epochs, after it, of tuning the finer slices alone; see `fine_slices`. Batches, windows and saves
-            are those of the fields ``end_batch_size``, ``end_generated_*`` and ``end_save_seconds``.
-        fine_above: bits of a code that are final by then; end-to-end tuning trains at budgets of up to so many only.
+        fine_above: bits of a code that are final after it: it trains at budgets of up to so many only, and the slices
+            beyond start from the unquantized weights; see `fine_slices`. With 8 all slices are trained together.
+        fine_epochs: epochs of tuning those finer slices alone. Batches, windows and saves are those of the fields
+            ``end_batch_size``, ``end_generated_*`` and ``end_save_seconds``.
         fine_lr: peak learning rate of the finer slices, in steps of the 8-bit code.
         end_save_seconds: its state, like that of every stage after it, is saved after the first epoch that ends so long
             after the last save, since saving may take longer than an epoch: a kill costs this and an epoch of each.
@@ -83,8 +84,8 @@ class CalibrationConfig:
     end_clipping_lr: float = 1e-3
     end_generated_windows: int = 0
     end_generated_share: float = 0.67
+    fine_above: int = CODE_BITS
     fine_epochs: int = 0
-    fine_above: int = 4
     fine_lr: float = 0.01
     end_save_seconds: float = 120.0
     fit_epochs: int = 2
@@ -124,9 +125,12 @@ class CalibrationConfig:
             raise ValueError(f"calibration.joint_epochs={self.joint_epochs} exceeds epochs={self.epochs}")
         if not 1 <= self.end_batch_size <= self.windows:
             raise ValueError(f"calibration.end_batch_size={self.end_batch_size} is outside 1..{self.windows}")
-        for name in ("end_epochs", "fine_epochs"):
-            if self.recipe == "paper" and getattr(self, name):
-                raise ValueError(f"calibration.{name}={getattr(self, name)}: the recipe 'paper' ends with the blocks")
+        if self.recipe == "paper" and self.end_epochs:
+            raise ValueError(f"calibration.end_epochs={self.end_epochs}: the recipe 'paper' ends with the blocks")
+        if self.recipe == "paper" and self.has_finer_slices:
+            raise ValueError(f"calibration.fine_above={self.fine_above}: the recipe 'paper' trains all slices together")
+        if self.fine_epochs and not self.has_finer_slices:
+            raise ValueError(f"calibration.fine_epochs={self.fine_epochs} needs fine_above below {CODE_BITS}")
         if not 0 <= self.end_generated_share <= 1:
             raise ValueError(f"calibration.end_generated_share={self.end_generated_share} is outside 0..1")
         if not self.temperature > 0:
@@ -147,18 +151,25 @@ class CalibrationConfig:
         """Raises ValueError unless every budget can be met: none lies below the first slice's bits."""
         if min(self.budgets) < slice_bits[0]:
             raise ValueError(f"calibration.budgets {self.budgets} start below the first slice's {slice_bits[0]} bits")
+        if not self.has_finer_slices:
+            return
         final = widths(slice_bits)[:-1]
-        if self.fine_epochs and self.fine_above not in final:
+        if self.fine_above not in final:
             raise ValueError(
                 f"calibration.fine_above={self.fine_above} is none of the widths {final} that slices refine"
             )
-        if self.fine_epochs and self.end_epochs and not self.tuned_budgets:
+        if self.end_epochs and not self.tuned_budgets:
             raise ValueError(f"calibration.budgets {self.budgets} are all above fine_above={self.fine_above}")
+
+    @property
+    def has_finer_slices(self) -> bool:
+        """Whether some slices are made once the coarser ones are final."""
+        return self.fine_above < CODE_BITS
 
     @property
     def tuned_budgets(self) -> tuple[float, ...]:
         """The budgets that end-to-end tuning trains at."""
-        return tuple(bits for bits in self.budgets if not self.fine_epochs or bits <= self.fine_above)
+        return tuple(bits for bits in self.budgets if bits <= self.fine_above)
 
     @property
     def batches(self) -> dict[str, int]:

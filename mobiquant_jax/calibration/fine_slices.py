@@ -1,4 +1,4 @@
-"""Tuning the finer slices alone, once the coarser ones are final.
+"""The finer slices, made and tuned alone once the coarser ones are final.
 
 The code at few bits and the code at many cannot both be best: what moves a weight into another bin at 2 bits moves it
 at 8 bits too. But within its bin a weight is free. So the top bits of every code stay as end-to-end tuning left them,
@@ -6,7 +6,7 @@ and the bits below learn what is best for the widths that read them:
 
     floor(p / 2^(8 - w)) = const,        p = 64 W / s + z the position on the grid, w the last final width
 
-Reads of up to ``w`` bits do not change by a bit. Training starts from the unquantized model's weights, each where it
+Reads of up to ``w`` bits do not change by a bit. They start from the unquantized model's weights, each where it
 lies in its final bin, or at the end of the bin that is nearer to it: most weights are then what they were before they
 were tuned for few bits.
 """

@@ -137,7 +137,7 @@ class Calibrator:
                 mesh=self.mesh,
             )
             self._train_blocks(trainer, params, windows)
-            if cal.end_epochs or cal.fine_epochs:
+            if cal.end_epochs or cal.has_finer_slices:
                 layers = self._tune(trainer, params, windows)
             else:
                 layers = self._packed_blocks(trainer)
@@ -221,7 +221,7 @@ class Calibrator:
         return stack_blocks(packed, self.config.num_hidden_layers, self.placement)
 
     def _tune(self, trainer: BlockTrainer, params: Params, windows: Int[np.ndarray, "W T"]) -> Params:
-        """End-to-end tuning from the trained blocks, then of the finer slices: the packed layers."""
+        """End-to-end tuning from the trained blocks, then the finer slices on top: the packed layers."""
         cal = self.calibration
         dense = self.placement.put(params)
         common: dict[str, Any] = dict(
@@ -242,7 +242,7 @@ class Calibrator:
             layers = tuner.pack(self._distil(tuner, blocks, dense, TUNING, "end to end", cal.end_epochs))
         else:
             layers = self._packed_blocks(trainer)
-        if cal.fine_epochs:
+        if cal.has_finer_slices:
             fine = FineTuner(**common)
             tuned = self._distil(
                 fine, lambda: fine.begin(layers, dense["layers"]), dense, FINE, "finer slices", cal.fine_epochs
@@ -254,6 +254,8 @@ class Calibrator:
         self, distiller: Distiller, first: Callable[[], Params], dense: Params, stage: str, title: str, epochs: int
     ) -> Params:
         """The parameters after the epochs of one stage, ``first()`` before them."""
+        if not epochs:
+            return first()  # without an optimizer's state
 
         def start() -> TuningState:
             return distiller.init(first())

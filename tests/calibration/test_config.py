@@ -34,7 +34,8 @@ from mobiquant_jax.calibration.config import Stage, stages
         (dict(fit_epochs=-1), "calibration.fit_epochs=-1 must be finite and not negative"),
         (dict(recipe="paper", end_epochs=2), "calibration.end_epochs=2: the recipe 'paper' ends with the blocks"),
         (dict(fine_epochs=-1), "calibration.fine_epochs=-1 must be finite and not negative"),
-        (dict(recipe="paper", fine_epochs=2), "calibration.fine_epochs=2: the recipe 'paper' ends with the blocks"),
+        (dict(recipe="paper", fine_above=4), "calibration.fine_above=4: the recipe 'paper' trains all slices together"),
+        (dict(fine_epochs=2), "calibration.fine_epochs=2 needs fine_above below 8"),
         (dict(end_generated_share=1.5), "calibration.end_generated_share=1.5 is outside 0..1"),
         (dict(end_generated_windows=-1), "calibration.end_generated_windows=-1 must be finite and not negative"),
         (dict(end_save_seconds=-1.0), "calibration.end_save_seconds=-1.0 must be finite and not negative"),
@@ -92,10 +93,10 @@ def test_budgets_below_the_first_slice_are_refused():
 
 
 def test_the_finer_slices_refine_a_width_that_there_is():
-    fine = CalibrationConfig(windows=24, budgets=(3.0, 4.0, 8.0), threshold_windows=1, fine_epochs=1, end_epochs=1)
+    fine = CalibrationConfig(windows=24, budgets=(3.0, 4.0, 8.0), threshold_windows=1, fine_above=4, end_epochs=1)
     fine.check_slices((2, 2, 4))
     assert fine.tuned_budgets == (3.0, 4.0) and "calibration.end_batch_size" in fine.batches
-    assert dataclasses.replace(fine, fine_epochs=0).tuned_budgets == (3.0, 4.0, 8.0)
+    assert dataclasses.replace(fine, fine_above=8).tuned_budgets == (3.0, 4.0, 8.0)
     with pytest.raises(
         ValueError, match=r"^calibration.fine_above=4 is none of the widths \(2, 6\) that slices refine$"
     ):

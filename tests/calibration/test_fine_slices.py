@@ -14,6 +14,7 @@ from mobiquant_jax.models.elastic import ElasticModel
 from mobiquant_jax.quant import SlicedWeight, slice_codes, widths
 
 EPOCHS = 4
+FINAL = 4  # bits of a code
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,9 @@ def packed(params, config, elastic):
 @pytest.fixture(scope="module")
 def make_tuner(config, elastic, recipe, windows):
     def make(kind=FineTuner, **changes):
-        calibration = recipe(**(dict(fine_epochs=EPOCHS, fine_lr=1.0, end_batch_size=1, end_epochs=1) | changes))
+        calibration = recipe(
+            **(dict(fine_above=FINAL, fine_epochs=EPOCHS, fine_lr=1.0, end_batch_size=1, end_epochs=1) | changes)
+        )
         none = windows[:0]
         return kind(config=config, elastic=elastic, calibration=calibration, windows=windows, generated=none)
 
@@ -83,9 +86,9 @@ def begun(make_tuner, packed, params):
     return tuner.slices(tuner.begin(packed, params["layers"]))
 
 
-def test_it_starts_from_the_codes_nearest_to_the_unquantized_weights(begun, packed, params, recipe):
+def test_it_starts_from_the_codes_nearest_to_the_unquantized_weights(begun, packed, params):
     """Against float64: of all codes with the final bits, the one whose bin lies nearest to the weight's position."""
-    size = 2 ** (8 - recipe().fine_above)
+    size = 2 ** (8 - FINAL)
     for part, linears in packed["slices"].items():
         for name, linear in linears.items():
             before = linear["weight"]
@@ -108,12 +111,12 @@ def test_it_starts_from_the_codes_nearest_to_the_unquantized_weights(begun, pack
 
 
 @pytest.mark.parametrize("width", range(1, 9))
-def test_only_reads_beyond_the_final_width_change(tuned, packed, recipe, width):
+def test_only_reads_beyond_the_final_width_change(tuned, packed, width):
     moved = [
         np.any(read(after, width) != read(before, width))
         for after, before in zip(weights(tuned), weights(packed["slices"]), strict=True)
     ]
-    assert all(moved) if width > recipe().fine_above else not any(moved)
+    assert all(moved) if width > FINAL else not any(moved)
 
 
 def test_it_brings_full_depth_nearer_to_the_unquantized_model(begun, tuned, packed, params, config, elastic, windows):
@@ -135,10 +138,10 @@ def test_it_brings_full_depth_nearer_to_the_unquantized_model(begun, tuned, pack
 def test_each_stage_draws_the_widths_that_are_its_own(make_tuner, elastic):
     rng = np.random.default_rng(72)
     finer = make_tuner().draw_widths(rng)
-    assert set(finer) == {width for width in widths(elastic.slice_bits) if width > 4}
+    assert set(finer) == {width for width in widths(elastic.slice_bits) if width > FINAL}
     coarse = make_tuner(kind=EndToEndTrainer, budgets=(4.0, 8.0)).draw_widths(rng)
     assert set(coarse) == {4}
-    every = make_tuner(kind=EndToEndTrainer, budgets=(4.0, 8.0), fine_epochs=0).draw_widths(rng)
+    every = make_tuner(kind=EndToEndTrainer, budgets=(4.0, 8.0), fine_above=8, fine_epochs=0).draw_widths(rng)
     assert set(every) == {4, 8}
 
 

@@ -253,8 +253,8 @@ def test_a_full_disk_ends_the_run_with_what_was_saved(calibrator, trained, recor
     ("stage", "epochs", "titles"),
     [
         (TUNING, dict(end_epochs=2), ["end to end"] * 2),
-        (FINE, dict(fine_epochs=2), ["finer slices"] * 2),
-        (FINE, dict(end_epochs=1, fine_epochs=2), ["finer slices"] * 2),
+        (FINE, dict(fine_above=4, fine_epochs=2), ["finer slices"] * 2),
+        (FINE, dict(fine_above=4, end_epochs=1, fine_epochs=2), ["finer slices"] * 2),
     ],
 )
 def test_a_damaged_state_of_tuning_is_computed_again(
@@ -282,11 +282,13 @@ def test_a_damaged_state_of_tuning_is_computed_again(
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
-@pytest.mark.parametrize("end_epochs", [0, 1])
-def test_a_run_ends_with_the_finer_slices(calibrator, trained, recorded, params, windows, monkeypatch, end_epochs):
-    """On top of what tuning, or else the blocks, left; one epoch moves every weight up by three codes.
+@pytest.mark.parametrize(("end_epochs", "fine_epochs"), [(0, 1), (1, 1), (1, 0)])
+def test_a_run_ends_with_the_finer_slices(
+    calibrator, trained, recorded, params, windows, monkeypatch, end_epochs, fine_epochs
+):
+    """On top of what tuning, or else the blocks, left; an epoch moves every weight up by three codes.
 
-    It starts from the unquantized weights where these lie in the bins that are final, else from the nearer end.
+    They start from the unquantized weights where these lie in the bins that are final, else from the nearer end.
     """
 
     def epoch(self, state, dense, index):
@@ -300,7 +302,7 @@ def test_a_run_ends_with_the_finer_slices(calibrator, trained, recorded, params,
     monkeypatch.setattr(Distiller, "epoch", epoch)
     changes = dict(budgets=(4.0, 8.0), end_epochs=end_epochs)
     without = calibrator("without", Recorder(), **changes).calibrate(params, windows)
-    found = calibrator("with", Recorder(), fine_epochs=1, **changes).calibrate(params, windows)
+    found = calibrator("with", Recorder(), fine_above=4, fine_epochs=fine_epochs, **changes).calibrate(params, windows)
     before, after = (
         np.asarray(jax.vmap(SlicedWeight.codes)(variables["slices"]["layers"]["mlp"]["up_proj"]["weight"]), np.int32)
         for variables in (without, found)
@@ -312,7 +314,7 @@ def test_a_run_ends_with_the_finer_slices(calibrator, trained, recorded, params,
         for limits in (weight.scale, weight.zero)
     )
     low = before // 16 * 16
-    position = np.clip(np.clip(64 * kernel / scale + zero, low, low + 15.99) + 3, low, low + 15.99)
+    position = np.clip(np.clip(64 * kernel / scale + zero, low, low + 15.99) + 3 * fine_epochs, low, low + 15.99)
     from_edge = np.abs(position - np.round(position))
     unsure = (0 < from_edge) & (from_edge < 1e-3)  # float32 may round to the other code
     np.testing.assert_array_equal(after[~unsure], np.floor(position)[~unsure])

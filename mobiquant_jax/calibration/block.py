@@ -26,6 +26,7 @@ from mobiquant_jax.calibration.optimizer import grouped_adamw
 from mobiquant_jax.calibration.samples import Samples, draw_widths
 from mobiquant_jax.models import Block, LlamaConfig
 from mobiquant_jax.models.elastic import ElasticConfig
+from mobiquant_jax.quant import widths
 from mobiquant_jax.sharding import Placement, constrain_batch, one_device
 
 Stream = jax.Array | np.ndarray  # [S or W, T, D]
@@ -37,9 +38,10 @@ class BlockReport:
     """What training did to one block.
 
     Attributes:
-        before: geometric mean over budgets of the block error, before training.
+        before: geometric mean of the block errors before training: at every width that slices add up to or, in the
+            recipe "paper", at every budget.
         after: the same of the parameters kept.
-        bits: average bits the routers used, over the budgets.
+        bits: average bits that these used.
         note: why training stopped early or fell back, or "".
         flops: floating-point operations of the training steps; see `flops.epoch_flops`.
     """
@@ -324,15 +326,15 @@ class BlockTrainer:
         )
 
     def _evaluate(self, params: Params, streams: Any) -> tuple[float, float]:
-        """Geometric mean over budgets of the block error, and the average bits used, on one window a budget."""
-        return mean_over_budgets(*jax.device_get(self._evaluate_fn(params, streams)))
+        """Geometric mean of the block errors, and the average bits used; see `BlockReport`."""
+        return mean_errors(*jax.device_get(self._evaluate_fn(params, streams)))
 
     @cached_property
     def _evaluate_fn(self) -> Callable[..., Any]:
         def one(step: Any, params: Params, streams: Any) -> tuple[Array, Array]:
-            sample, budget = step
+            sample, bits = step
             quantized, target, window = streams
-            return self.functions.error(params, quantized[sample], target[window[sample]], budget)
+            return self.functions.error(params, quantized[sample], target[window[sample]], bits)
 
         def every(params: Params, streams: Any) -> tuple[Array, Array]:
             return jax.lax.map(partial(one, params=params, streams=streams), self._evaluated)
@@ -344,17 +346,19 @@ class BlockTrainer:
         )
 
     @property
-    def _evaluated(self) -> tuple[Int[np.ndarray, "budgets 1"], Float[np.ndarray, " budgets"]]:
-        """The sample of each budget that is evaluated, and the budget.
+    def _evaluated(self) -> tuple[Int[np.ndarray, "N 1"], Float[np.ndarray, " N"]]:
+        """Samples that are evaluated, and at how many bits: those of every budget or, for a width, of the nearest one.
 
         Lists of one sample: a slice at a position that is not constant would have the whole stream on every device.
         """
-        ids = np.arange(len(self.samples.budgets))[:, None] * self.samples.per_budget
-        return ids, np.asarray(self.samples.budgets, np.float32)
+        budgets = np.asarray(self.samples.budgets, np.float32)
+        bits = (
+            budgets if self.calibration.recipe == "paper" else np.asarray(widths(self.elastic.slice_bits), np.float32)
+        )
+        nearest = np.argmin(np.abs(bits[:, None] - budgets), axis=1)
+        return (nearest * self.samples.per_budget)[:, None], bits
 
 
-def mean_over_budgets(
-    errors: Float[np.ndarray, " budgets"], bits: Float[np.ndarray, " budgets"]
-) -> tuple[float, float]:
+def mean_errors(errors: Float[np.ndarray, " N"], bits: Float[np.ndarray, " N"]) -> tuple[float, float]:
     """The geometric mean of the errors and the mean of the bits."""
     return float(np.exp(np.mean(np.log(np.maximum(errors, 1e-20))))), float(np.mean(bits))

@@ -59,14 +59,21 @@ class BlockFunctions:
         return block.apply(variables, x, _positions(x), None, BatchBudget(bits=budget))[0]
 
     def error(
-        self, params: Params, x: Float[Array, "1 T D"], target: Float[Array, "1 T D"], budget: Array
+        self, params: Params, x: Float[Array, "1 T D"], target: Float[Array, "1 T D"], bits: Array
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """The block error of one sample at a budget, and the average bits that its tokens used."""
-        block = Block(self.config, linear=partial(RoutedLinear, elastic=self.elastic), dtype=self.dtype)
-        policy = BatchBudget(bits=budget)
-        (y, _), state = block.apply({"params": params}, x, _positions(x), None, policy, mutable=["stats"])
-        error = sample_error(y, target, self.calibration.loss)[0]
-        return error, jnp.mean(average_bits(self.config, state["stats"]))
+        """The block error of one sample, and the average bits that its tokens used.
+
+        In the recipe "paper" routers spend a budget of ``bits``; in "elastic", whose blocks do not train routers, all
+        tokens read a width of ``bits``.
+        """
+        linear: Any = NestedLinear
+        control: Any = UniformWidth(width=bits.astype(jnp.int32))
+        if self.calibration.recipe == "paper":
+            linear, control = RoutedLinear, BatchBudget(bits=bits)
+        block = Block(self.config, linear=partial(linear, elastic=self.elastic), dtype=self.dtype)
+        (y, _), state = block.apply({"params": params}, x, _positions(x), None, control, mutable=["stats"])
+        used = jnp.mean(average_bits(self.config, state["stats"])) if "stats" in state else bits
+        return sample_error(y, target, self.calibration.loss)[0], used
 
     def step(self, stage: Stage, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
         """``((params, optimizer_state, healthy), dense, batch, scalar, progress)`` to the carry after the step.

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from mobiquant_jax import distributed
-from mobiquant_jax.calibration.block import BlockTrainer, mean_over_budgets
+from mobiquant_jax.calibration.block import BlockTrainer, mean_errors
 from mobiquant_jax.calibration.config import Stage, stages
 from mobiquant_jax.calibration.linears import Params
 from mobiquant_jax.calibration.read_ahead import read_ahead
@@ -64,15 +64,15 @@ class HostBlockTrainer(BlockTrainer):
 
     def _evaluate(self, params: Params, streams: Any) -> tuple[float, float]:
         quantized, target, window = streams
-        ids, budgets = self._evaluated
+        ids, bits = self._evaluated
 
         def read(index: int) -> Any:
             batch = (quantized[ids[index]], target[window[ids[index]]])
-            return self._put_batch(batch), self.placement.put_whole(budgets[index])
+            return self._put_batch(batch), self.placement.put_whole(bits[index])
 
-        errors = (self._error(params, *batch, budget) for batch, budget in read_ahead(read, len(budgets)))
+        errors = (self._error(params, *batch, at) for batch, at in read_ahead(read, len(bits)))
         found = [jax.device_get(pair) for pair in errors]
-        return mean_over_budgets(*np.transpose(found))
+        return mean_errors(*np.transpose(found))
 
     def _plan(self, tree: Any) -> Any:
         return tree

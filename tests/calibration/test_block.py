@@ -12,6 +12,7 @@ from mobiquant_jax.calibration.config import Stage, stages
 from mobiquant_jax.calibration.linears import pack_block, trainable
 from mobiquant_jax.models import Block
 from mobiquant_jax.models.elastic import ElasticLinear
+from mobiquant_jax.quant import widths
 from mobiquant_jax.routing import BatchBudget, FixedThreshold, UniformDepth
 
 
@@ -88,12 +89,13 @@ def test_training_lowers_the_error_and_reports_it(trainer, inputs, dense, runtim
     assert report.after < 0.75 * report.before
 
     def measured(params, which=0):
-        """The report's error, on the packed block: first window of each budget, geometric mean over budgets."""
+        """The report's error, on the packed block: geometric mean over depths, on the first window of a budget near."""
         quantized, target = inputs
         errors, bits = [], []
-        for level, budget in enumerate(trainer.samples.budgets):
+        for depth, width in enumerate(widths(trainer.elastic.slice_bits), start=1):
+            level = min(range(2), key=lambda level: abs(trainer.samples.budgets[level] - width))
             sample = level * trainer.samples.per_budget + which
-            y, used = runtime(params, quantized[sample][None], BatchBudget(bits=jnp.float32(budget)))
+            y, used = runtime(params, quantized[sample][None], UniformDepth(depth=jnp.array([depth])))
             y_star = np.asarray(target[trainer.samples.window[sample]], np.float64)
             errors.append(np.mean(np.sum((y[0] - y_star) ** 2, axis=-1) / np.sum(y_star**2, axis=-1)))
             bits.append(np.mean(used))
@@ -103,7 +105,7 @@ def test_training_lowers_the_error_and_reports_it(trainer, inputs, dense, runtim
     assert measured(untrained)[0] == pytest.approx(report.before, rel=2e-2)
     error, bits = measured(params)
     assert error == pytest.approx(report.after, rel=2e-2)
-    assert bits == pytest.approx(report.bits, abs=1e-2) and bits == pytest.approx(5.5, abs=0.15)
+    assert bits == report.bits == 6.0
     for other in range(1, trainer.samples.per_budget):  # windows that training saw and the report did not
         assert measured(params, other)[0] < 0.85 * measured(untrained, other)[0]
 

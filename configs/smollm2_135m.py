@@ -42,13 +42,13 @@ def get_config() -> ConfigDict:
     config.calibration.budgets = (2.0, 3.0, 4.0, 6.0, 8.0)
     config.calibration.epochs = 1
     config.calibration.end_epochs = 3
-    config.calibration.end_weight_lr = 2.5e-4
+    config.calibration.end_weight_lr = 2e-4
     config.calibration.fine_above = 4
     config.calibration.fit_epochs = 0
     config.calibration.fit_batch_size = 2
     config.calibration.threshold_windows = 3
     config.router.budget_grid = (2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
-    config.evaluation.windows = 10
+    config.evaluation.windows = 12
     config.evaluation.window_length = 256
     config.evaluation.batch_size = 4
     return config

@@ -23,10 +23,9 @@ from mobiquant_jax.calibration.config import CalibrationConfig, Stage, stages
 from mobiquant_jax.calibration.flops import epoch_flops
 from mobiquant_jax.calibration.linears import Params, pack_block, trainable
 from mobiquant_jax.calibration.optimizer import grouped_adamw
-from mobiquant_jax.calibration.samples import Samples, draw_widths
+from mobiquant_jax.calibration.samples import Samples, draw_widths, drawn_widths
 from mobiquant_jax.models import Block, LlamaConfig
 from mobiquant_jax.models.elastic import ElasticConfig
-from mobiquant_jax.quant import widths
 from mobiquant_jax.sharding import Placement, constrain_batch, one_device
 
 Stream = jax.Array | np.ndarray  # [S or W, T, D]
@@ -38,8 +37,8 @@ class BlockReport:
     """What training did to one block.
 
     Attributes:
-        before: geometric mean of the block errors before training: at every width that slices add up to or, in the
-            recipe "paper", at every budget.
+        before: geometric mean of the block errors before training: at every width that training draws or, in the recipe
+            "paper", at every budget.
         after: the same of the parameters kept.
         bits: average bits that these used.
         note: why training stopped early or fell back, or "".
@@ -352,9 +351,8 @@ class BlockTrainer:
         Lists of one sample: a slice at a position that is not constant would have the whole stream on every device.
         """
         budgets = np.asarray(self.samples.budgets, np.float32)
-        bits = (
-            budgets if self.calibration.recipe == "paper" else np.asarray(widths(self.elastic.slice_bits), np.float32)
-        )
+        drawn = np.asarray(drawn_widths(self.samples.budgets, self.elastic.slice_bits), np.float32)
+        bits = budgets if self.calibration.recipe == "paper" else drawn
         nearest = np.argmin(np.abs(bits[:, None] - budgets), axis=1)
         return (nearest * self.samples.per_budget)[:, None], bits
 

@@ -40,7 +40,7 @@ class CalibrationConfig:
         end_clipping_lr: of the clipping logits.
         end_generated_windows: windows that the unquantized model writes itself to learn from; 0 for none.
         end_generated_share: share of them in each epoch's windows.
-        fine_above: bits of a code that are final after it: it trains at budgets of up to so many only, and the slices
+        fine_above: bits of a code that end-to-end tuning trains, at budgets of up to so many only; then the slices
             beyond start from the unquantized weights; see `fine_slices`. With 8 all slices are trained together.
         fine_epochs: epochs of tuning those finer slices alone. Batches, windows and saves are those of the fields
             ``end_batch_size``, ``end_generated_*`` and ``end_save_seconds``.
@@ -129,7 +129,9 @@ class CalibrationConfig:
             raise ValueError(f"calibration.end_epochs={self.end_epochs}: the recipe 'paper' ends with the blocks")
         if self.recipe == "paper" and self.has_finer_slices:
             raise ValueError(f"calibration.fine_above={self.fine_above}: the recipe 'paper' trains all slices together")
-        if self.fine_epochs and not self.has_finer_slices:
+        if self.fine_above > CODE_BITS:
+            raise ValueError(f"calibration.fine_above={self.fine_above} exceeds the {CODE_BITS} bits of a code")
+        if self.fine_epochs > 0 and not self.has_finer_slices:
             raise ValueError(f"calibration.fine_epochs={self.fine_epochs} needs fine_above below {CODE_BITS}")
         if not 0 <= self.end_generated_share <= 1:
             raise ValueError(f"calibration.end_generated_share={self.end_generated_share} is outside 0..1")

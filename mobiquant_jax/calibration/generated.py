@@ -21,7 +21,7 @@ from mobiquant_jax.serving import SamplingConfig, generate
 PIECE_LENGTH = 256  # tokens of a generated text; the work of a token grows with the length of what precedes it
 PROMPT_LENGTH = 16  # of which are the beginning, cut from the calibration text
 
-CACHE_BYTES = 8e9  # most that the caches of all texts written at once take
+BATCH_BYTES = 8e9  # most that all texts written at once take: their caches, and the logits of their beginnings
 
 
 def write_windows(
@@ -54,7 +54,9 @@ def write_windows(
         raise ValueError(f"windows of {length} tokens are too short to generate: more than {PROMPT_LENGTH} are needed")
     pieces = -(-count * length // piece)
     cache = jax.eval_shape(lambda: KVCache.create(config, 1, piece, dtype))
-    at_once = max(1, int(CACHE_BYTES / sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))))
+    logits = 4 * PROMPT_LENGTH * config.vocab_size
+    text_bytes = logits + sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+    at_once = max(1, int(BATCH_BYTES / text_bytes))
     batch_size = -(-pieces // -(-pieces // at_once))  # as even as can be
     model = ElasticModel(config=config, variables={"params": params}, dtype=dtype)
     rng = np.random.default_rng([seed, 2])

@@ -294,7 +294,7 @@ class Calibrator:
     def _generated(self, params: Params, windows: Int[np.ndarray, "W T"]) -> Int[np.ndarray, "G T"]:
         """The windows that the unquantized model wrote: those of the run's folder, so that it resumes with the same."""
         cal = self.calibration
-        if not cal.end_generated_windows:
+        if not cal.end_generated_windows or not (cal.end_epochs or cal.fine_epochs):
             return windows[:0]
         if not distributed.from_main(int(self.run.generated.is_file())):
             written = write_windows(

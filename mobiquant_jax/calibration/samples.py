@@ -61,6 +61,14 @@ def spread_budgets(budgets: tuple[float, ...], steps: int, rng: np.random.Genera
     return np.concatenate([rng.permutation(np.asarray(budgets, np.float32)) for _ in range(rounds)])[:steps]
 
 
+def drawn_widths(budgets: tuple[float, ...], slice_bits: tuple[int, ...]) -> tuple[int, ...]:
+    """The widths that `draw_widths` may give for these budgets."""
+    reads = widths(slice_bits)
+    below = {max(width for width in reads if width <= bits) for bits in budgets}
+    above = {min(width for width in reads if width >= bits) for bits in budgets}
+    return tuple(sorted(below | above))
+
+
 def draw_widths(
     bits: Float[np.ndarray, " steps"], slice_bits: tuple[int, ...], rng: np.random.Generator
 ) -> Int[np.ndarray, " steps"]:

@@ -10,6 +10,8 @@ import jax
 class WriteBehind:
     """A context in which writes happen in the order given, in a background thread, never two at once.
 
+    An error is raised at the next write or at the end; what was to be written next is not written then.
+
     Several processes that write together write at once instead: they wait for each other in a write, and would wait
     forever where another one computes first.
     """

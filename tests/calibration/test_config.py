@@ -36,6 +36,7 @@ from mobiquant_jax.calibration.config import Stage, stages
         (dict(fine_epochs=-1), "calibration.fine_epochs=-1 must be finite and not negative"),
         (dict(recipe="paper", fine_above=4), "calibration.fine_above=4: the recipe 'paper' trains all slices together"),
         (dict(fine_epochs=2), "calibration.fine_epochs=2 needs fine_above below 8"),
+        (dict(fine_above=9), "calibration.fine_above=9 exceeds the 8 bits of a code"),
         (dict(end_generated_share=1.5), "calibration.end_generated_share=1.5 is outside 0..1"),
         (dict(end_generated_windows=-1), "calibration.end_generated_windows=-1 must be finite and not negative"),
         (dict(end_save_seconds=-1.0), "calibration.end_save_seconds=-1.0 must be finite and not negative"),

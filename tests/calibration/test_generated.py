@@ -1,5 +1,7 @@
 """Text by the unquantized model: what it starts from, and that it is the model's own distribution."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,6 +55,26 @@ def test_seed_decides(config, params, windows, written):
     np.testing.assert_array_equal(again, written[0])
     other = generated.write_windows(config, params, windows, 40, seed=4)
     assert np.any(other != again)
+
+
+def test_memory_decides_how_many_texts_are_written_at_once(config, params, windows, monkeypatch):
+    batches = []
+
+    def answer(decode, variables, config, prompts, lengths, *, max_new_tokens, key, **settings):
+        batches.append(len(prompts))
+        return SimpleNamespace(tokens=jnp.zeros((len(prompts), max_new_tokens), jnp.int32))
+
+    monkeypatch.setattr(generated, "generate", answer)
+    heads, length, tokens = config.num_key_value_heads, 48, generated.PROMPT_LENGTH
+    cache = 2 * 4 * config.num_hidden_layers * heads * config.head_dim * length
+    monkeypatch.setattr(generated, "BATCH_BYTES", 15.5 * (cache + 4 * tokens * config.vocab_size))
+    reports = []
+    found = generated.write_windows(
+        config, params, windows, 40, seed=3, progress=lambda done, total: reports.append((done, total))
+    )
+    assert batches == [14, 14, 14]  # of at most 15, as even as can be
+    assert reports == [(14, 40), (28, 40), (40, 40)] and found.shape == (40, 48)
+    assert len({row[: generated.PROMPT_LENGTH].tobytes() for row in found}) > 14  # each batch has its own beginnings
 
 
 def test_windows_too_short_are_named(config, params, windows):

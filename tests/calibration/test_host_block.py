@@ -13,7 +13,9 @@ from mobiquant_jax.sharding import job_mesh
 @pytest.fixture(scope="module", params=["elastic", "paper"])
 def trainers(request, config, elastic, recipe):
     """``(streams on the devices, on the host)``: trainers of one recipe on two devices."""
-    stage = dict(recipe=request.param, epochs=2, clipping_lr=1e-3, penalty=0.0)  # of the paper's the second alone
+    stage = dict(
+        recipe=request.param, epochs=2, weight_lr=1e-3, clipping_lr=1e-3, penalty=0.1
+    )  # of the paper's the second alone
     calibration = recipe(windows=8, window_length=12, batch_size=2, **stage)
     fields = dict(config=config, elastic=elastic, calibration=calibration, samples=Samples.create(calibration))
     return [cls(**fields, mesh=job_mesh(data=2, fsdp=1, model=1)) for cls in (BlockTrainer, HostBlockTrainer)]

@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 
 from mobiquant_jax.calibration import BlockTrainer, CalibrationConfig, Calibrator, ConsoleObserver, RunDir
+from mobiquant_jax.calibration.end_to_end import EndToEndTrainer
+from mobiquant_jax.calibration.fine_slices import FineTuner
+from mobiquant_jax.calibration.linears import trainable
 from mobiquant_jax.calibration.samples import Samples
 from mobiquant_jax.io import save_hf
 from mobiquant_jax.io.checkpoint import load_checkpoint
@@ -122,6 +125,29 @@ def test_a_run_that_ends_on_eight_devices_continues_on_one(on_one, calibrate, ru
         calibrate("moved", SHAPE, EndingObserver())
     assert [entry.name for entry in (runs / "moved" / "blocks").iterdir()] == ["000"]
     assert_alike(runs / "moved", calibrate("moved", dict(data=1, fsdp=1, model=1)), runs / "one", on_one)
+
+
+def test_the_finer_slices_start_alike_on_eight_devices(mesh_model, elastic):
+    config, params, _ = mesh_model
+    calibration = CalibrationConfig(**(SECTIONS["calibration"] | dict(fine_above=4)))
+    coarse = jax.tree.map(lambda leaf: 1.1 * leaf, params["layers"])
+    windows = np.zeros((8, 16), np.int32)
+    found = []
+    for sizes in (dict(data=1, fsdp=1, model=1), SHAPE):
+        fields = dict(config=config, elastic=elastic, calibration=calibration, windows=windows, generated=windows[:0])
+        tuner = FineTuner(**fields, mesh=job_mesh(**sizes))
+        trainer = EndToEndTrainer(**fields, mesh=job_mesh(**sizes))
+        with jax.set_mesh(tuner.mesh):
+            keys = jax.random.split(jax.random.key(74), config.num_hidden_layers)
+            blocks = jax.vmap(lambda dense, key: trainable(dense, config, elastic, key))(coarse, keys)
+            packed = trainer.pack(tuner.placement.put(blocks))
+            begun = tuner.begin(packed, tuner.placement.put(params["layers"]))
+            found.append(jax.device_get((packed["slices"], tuner.slices(begun))))
+    (coarse_one, one), (coarse_eight, eight) = found
+    jax.tree.map(np.testing.assert_array_equal, eight, one)
+    jax.tree.map(np.testing.assert_array_equal, coarse_eight, coarse_one)
+    planes, before = one["mlp"]["up_proj"]["weight"].planes, coarse_one["mlp"]["up_proj"]["weight"].planes
+    assert [np.any(new != old) for new, old in zip(planes, before, strict=True)] == [False, True, True]
 
 
 def test_a_block_of_the_paper_trains_alike_on_eight_devices(mesh_model, elastic):

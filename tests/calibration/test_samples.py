@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mobiquant_jax.calibration import CalibrationConfig
-from mobiquant_jax.calibration.samples import Samples, draw_widths, spread_budgets
+from mobiquant_jax.calibration.samples import Samples, draw_widths, drawn_widths, spread_budgets
 
 BUDGETS = (2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
 
@@ -67,6 +67,14 @@ def test_drawn_widths_average_to_the_budget(slice_bits, budget):
     lower, upper = reads[reads <= budget + 1e-6].max(), reads[reads >= budget - 1e-6].min()
     assert set(np.unique(drawn)) == {lower, upper}
     assert drawn.mean() == pytest.approx(budget, abs=5 * (upper - lower) / 2 / draws**0.5 + 1e-6)
+
+
+@pytest.mark.parametrize("budgets", [(2.0, 8.0), (2.5,), (3.0, 4.0), (5.0, 6.0), (8.0,)])
+@pytest.mark.parametrize("slice_bits", [(2, 2, 2, 2), (2, 1, 1, 2, 2), (1, 3, 4)])
+def test_the_widths_that_can_be_drawn_are_those_that_are(slice_bits, budgets):
+    rng = np.random.default_rng()
+    drawn = [draw_widths(np.full(200, bits, np.float32), slice_bits, rng) for bits in budgets]
+    assert drawn_widths(budgets, slice_bits) == tuple(sorted({int(width) for width in np.concatenate(drawn)}))
 
 
 def test_each_step_draws_for_its_own_budget():

@@ -3,7 +3,8 @@
     python experiments/calibrate.py --config=configs/smollm2_135m_quality.py --config.data.source=file:C4,VALID
 
 Needs: the model of smollm2_135m.py, 16 GB of GPU memory, 8 GB of host memory, and two text files: one to calibrate on,
-one to score. Expect: one elastic checkpoint after nine minutes on an H100 (once measured: 538 s).
+one to score.
+Expect: one elastic checkpoint after nine minutes on an H100 (once measured: 538 s).
 
 Only widths of up to 4 bits are trained end to end, two thirds on text that the model writes itself;
 the finer slices start from the unquantized weights and are tuned alone (`calibration/fine_slices.py`).

@@ -2,9 +2,9 @@
 
 All of it lies on one mesh. The streams are split over its batch axes: a device, and so a process, holds and computes
 its own windows. In the devices' memory are one block and its optimizer, the next block's weights, which are read while
-this one trains, the trained weights of the block before, which are written meanwhile, and both streams or, where
-``calibration.streams`` keeps those on the host, two batches of them. What follows the blocks (tuning, also of the finer
-slices alone, fitting the routers, recording thresholds) needs the whole model there.
+this one trains, and both streams or, where ``calibration.streams`` keeps those on the host, two batches of them. A
+trained block is written while the streams go through it and through the next full-precision one. What follows the
+blocks (tuning, also of the finer slices alone, fitting the routers, recording thresholds) needs the whole model there.
 
 Order on ``resume``: the folder's blocks are read instead of trained, all but those that are damaged; streams are
 recomputed through them, so a resumed run continues with the very numbers of an uninterrupted one.
@@ -62,7 +62,7 @@ class Observer(Protocol):
         """An epoch of a block is done."""
 
     def on_block(self, block: int, report: BlockReport, seconds: float) -> None:
-        """A block is trained; it is saved while the next one trains."""
+        """A block is trained and saved."""
 
     def on_generated(self, done: int, total: int) -> None:
         """So many texts of the unquantized model are written."""
@@ -185,6 +185,7 @@ class Calibrator:
     def _train_block(
         self, trainer: BlockTrainer, dense: Params, quantized: Stream, target: Stream, index: int, behind: WriteBehind
     ) -> Params:
+        behind.wait()  # for the block before: a kill costs no more than the one in hand
         start = time.perf_counter()
 
         def on_epoch(stage: str, epoch: int, epochs: int, error: float) -> None:
@@ -204,12 +205,11 @@ class Calibrator:
             "note": report.note,
         }
 
-        def save() -> None:
-            save_tree(self.run.block(index), trained)
+        def report_it() -> None:
             self.run.log(record)
+            self.observer.on_block(index, report, seconds)
 
-        behind.submit(save)
-        self.observer.on_block(index, report, seconds)
+        behind.submit(partial(save_tree, self.run.block(index), trained), report_it)
         return trained
 
     def _trained_blocks(self, trainer: BlockTrainer) -> Iterator[Params]:

@@ -29,9 +29,26 @@ def test_a_write_runs_beside_the_caller_and_all_are_done_at_the_end():
     assert done == [1, 2]
 
 
+def test_what_follows_a_write_runs_in_the_caller_once_all_is_written():
+    seen = []
+    with WriteBehind() as behind:
+        behind.submit(lambda: seen.append("written"), lambda: seen.append(threading.current_thread()))
+        behind.wait()
+        assert seen == ["written", threading.current_thread()]
+    with pytest.raises(OSError, match="disk full"), WriteBehind() as behind:
+        behind.submit(refuse, lambda: seen.append("then"))
+    assert "then" not in seen
+
+
 def test_an_error_comes_out_at_the_next_write_or_at_the_end():
     with pytest.raises(OSError, match="disk full"), WriteBehind() as behind:
         behind.submit(refuse)
+    with pytest.raises(RuntimeError, match="mine"), WriteBehind() as behind:
+        behind.submit(refuse)
+        with pytest.raises(OSError, match="disk full"):
+            behind.wait()
+        behind.wait()
+        raise RuntimeError("mine")
     reached = []
     with pytest.raises(OSError, match="disk full"), WriteBehind() as behind:
         behind.submit(refuse)

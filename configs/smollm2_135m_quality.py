@@ -1,13 +1,13 @@
-"""The dithered SmolLM2-135M, calibrated for nine minutes on a GPU; no result of it is published here yet.
+"""The dithered SmolLM2-135M, calibrated for longer, on a GPU; it was not run as a whole yet.
 
     python experiments/calibrate.py --config=configs/smollm2_135m_quality.py --config.data.source=file:C4,VALID
 
 Needs: the model of smollm2_135m.py, 16 GB of GPU memory, 8 GB of host memory, and two text files: one to calibrate on,
 one to score.
-Expect: one elastic checkpoint after nine minutes on an H100 (once measured: 538 s).
+Expect: one elastic checkpoint in ``runs/smollm2_135m_quality``; about ten minutes on an H100.
 
-Only widths of up to 4 bits are trained end to end, two thirds on text that the model writes itself;
-the finer slices start from the unquantized weights and are tuned alone (`calibration/fine_slices.py`).
+Only widths of up to 4 bits are trained end to end, two thirds on text that the model writes itself; the
+finer slices start from the unquantized weights and are tuned alone (`calibration/fine_slices.py`).
 """
 
 from pathlib import Path

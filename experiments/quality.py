@@ -1,7 +1,7 @@
 r"""Scores finished calibration runs on texts, into the table that baselines.py fills: one file, one row a measurement.
 
 for seed in 0 1 2; do
-    python experiments/calibrate.py --config=configs/smollm2_135m.py --config.model.dither=true \
+    python experiments/calibrate.py --config=configs/smollm2_135m_quality.py \
         --config.data.source=file:c4.txt,valid.txt --config.calibration.seed=$seed --config.run_dir=runs/elastic/$seed
 done
 python experiments/quality.py --runs=runs/elastic/0,runs/elastic/1,runs/elastic/2 --bits=2,2.5,3,4,5,6,8 \

@@ -42,10 +42,12 @@ class WriteBehind:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Waits for the last write; its error is raised unless there is one already."""
+        """Waits for the last write and what follows it; an error of theirs is raised unless there is one already."""
         try:
+            self.wait()
+        except Exception:
             if kind is None:
-                self.wait()
+                raise
         finally:
             self._thread.shutdown()
 

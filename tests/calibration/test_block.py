@@ -110,6 +110,21 @@ def test_training_lowers_the_error_and_reports_it(trainer, inputs, dense, runtim
         assert measured(params, other)[0] < 0.85 * measured(untrained, other)[0]
 
 
+@pytest.mark.parametrize(
+    ("changes", "samples", "bits"),
+    [
+        (dict(budgets=(5.0, 6.0)), [0, 2], [4, 8]),
+        (dict(budgets=(4.0,)), [0], [4]),  # nothing is trained at 8 bits
+        (dict(budgets=(8.0, 4.0)), [2, 0], [4, 8]),
+        (dict(budgets=(5.0, 6.0), recipe="paper"), [0, 2], [5, 6]),
+    ],
+)
+def test_a_block_is_evaluated_where_it_trains(make_trainer, recipe, changes, samples, bits):
+    found, at = make_trainer(recipe(**changes))._evaluated
+    np.testing.assert_array_equal(found, np.array(samples)[:, None])
+    np.testing.assert_array_equal(at, bits)
+
+
 def test_the_block_and_the_seed_determine_everything(trainer, inputs, dense, scripted):
     runs = []
     for index in (1, 1, 2):

@@ -282,7 +282,7 @@ def test_a_damaged_state_of_tuning_is_computed_again(
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
-@pytest.mark.parametrize(("end_epochs", "fine_epochs"), [(0, 1), (1, 1), (1, 0)])
+@pytest.mark.parametrize(("end_epochs", "fine_epochs"), [(0, 1), (1, 1), (1, 0), (0, 0)])
 def test_a_run_ends_with_the_finer_slices(
     calibrator, trained, recorded, params, windows, monkeypatch, end_epochs, fine_epochs
 ):
@@ -300,13 +300,16 @@ def test_a_run_ends_with_the_finer_slices(
         return state, 0.5, True
 
     monkeypatch.setattr(Distiller, "epoch", epoch)
-    changes = dict(budgets=(4.0, 8.0), end_epochs=end_epochs)
+    monkeypatch.setattr(pipeline, "write_windows", lambda config, params, windows, *_, **__: asked.append(1) or windows)
+    asked = []
+    changes = dict(budgets=(4.0, 8.0), end_epochs=end_epochs, end_generated_windows=4)
     without = calibrator("without", Recorder(), **changes).calibrate(params, windows)
     found = calibrator("with", Recorder(), fine_above=4, fine_epochs=fine_epochs, **changes).calibrate(params, windows)
     before, after = (
         np.asarray(jax.vmap(SlicedWeight.codes)(variables["slices"]["layers"]["mlp"]["up_proj"]["weight"]), np.int32)
         for variables in (without, found)
     )
+    assert len(asked) == bool(end_epochs) + bool(end_epochs or fine_epochs)  # text is written where something reads it
     weight = without["slices"]["layers"]["mlp"]["up_proj"]["weight"]
     kernel = np.asarray(params["layers"]["mlp"]["up_proj"]["kernel"], np.float64)
     scale, zero = (

@@ -59,9 +59,9 @@ def test_an_error_comes_out_at_the_next_write_or_at_the_end():
 def test_an_error_of_the_caller_is_not_replaced_and_loses_no_write():
     done = []
     with pytest.raises(RuntimeError, match="mine"), WriteBehind() as behind:
-        behind.submit(lambda: done.append(1))
+        behind.submit(lambda: done.append("written"), lambda: done.append("reported"))
         raise RuntimeError("mine")
-    assert done == [1]
+    assert done == ["written", "reported"]
     with pytest.raises(RuntimeError, match="mine"), WriteBehind() as behind:
         behind.submit(refuse)
         raise RuntimeError("mine")
@@ -70,7 +70,7 @@ def test_an_error_of_the_caller_is_not_replaced_and_loses_no_write():
 def test_several_processes_write_at_once(monkeypatch):
     """They meet inside of a write, so that none may be somewhere else."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    threads = []
+    seen = []
     with WriteBehind() as behind:
-        behind.submit(lambda: threads.append(threading.current_thread()))
-        assert threads == [threading.current_thread()]
+        behind.submit(lambda: seen.append(threading.current_thread()), lambda: seen.append("reported"))
+        assert seen == [threading.current_thread(), "reported"]

@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import shutil
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +41,7 @@ INVENTORY = "files.json"  # in each saved tree: the size and the CRC-32 of every
 _CHUNK_BYTES = 2**20  # smaller layers share a chunk
 _MATRIX_CHUNK_BYTES = 2**26  # of the embedding and the head
 _READ_BYTES = 2**24
+_QUIET_SECONDS = 1.0  # after which writes of a failed save have ended
 
 
 class DamagedTree(ValueError):
@@ -82,13 +84,28 @@ def save_tree(path: str | Path, tree: Any) -> None:
         with _reported_once(), ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(partial, ocp.args.PyTreeSave(tree, jax.tree.map(_by_layer, tree)))
         distributed.on_main(f"saving '{path}'", complete)
-    except ValueError as error:  # TensorStore tells of a full disk by one, after a chain of "Error writing ...: "
-        reason = str(error).partition(" [")[0].rpartition(": ")[2]  # what follows is a dump of settings
+    except BaseException as error:
+        _remove_abandoned(partial)
+        if not isinstance(error, ValueError):
+            raise
+        # TensorStore tells of a full disk by one, after a chain of "Error writing ...: ", before a dump of settings.
+        reason = str(error).partition(" [")[0].rpartition(": ")[2]
         raise OSError(f"cannot write '{path}': {reason}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        for unfinished in path.parent.glob(f"{glob.escape(partial.name)}.orbax-checkpoint-tmp*"):
-            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _remove_abandoned(partial: Path) -> None:
+    """Removes what a failed save has written, until nothing comes any more.
+
+    The first write that fails is raised while TensorStore's threads go on with the others, and each of them makes the
+    folders that it misses.
+    """
+    quiet_since = time.monotonic()
+    while time.monotonic() - quiet_since < _QUIET_SECONDS:
+        unfinished = partial.parent.glob(f"{glob.escape(partial.name)}.orbax-checkpoint-tmp*")
+        for folder in filter(Path.exists, (partial, *unfinished)):
+            shutil.rmtree(folder, ignore_errors=True)
+            quiet_since = time.monotonic()
+        time.sleep(_QUIET_SECONDS / 20)
 
 
 def _check_space(folder: Path, needed: int) -> None:

@@ -1,5 +1,6 @@
 """Elastic checkpoints: bit-exact, atomic, and one line of what is wrong with a damaged one."""
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -7,12 +8,15 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -177,6 +181,31 @@ except OSError as error:
     result = subprocess.run([sys.executable, "-c", program, copy], capture_output=True, text=True, cwd=ROOT)
     assert re.fullmatch(r"cannot write '.*': File too large\n", result.stdout), result.stderr
     assert "_SignalingThread" not in result.stderr
+    assert files_of(tmp_path) == before and [entry.name for entry in tmp_path.iterdir()] == ["copy"]
+
+
+def test_writes_that_go_on_after_one_has_failed_leave_nothing(model, copy, tmp_path, monkeypatch):
+    """TensorStore's others go on, and make the folders that they miss."""
+    threads = []
+
+    def fails_while_others_write(self, folder, args):
+        def write():
+            for number in range(10):
+                late = Path(f"{folder}.orbax-checkpoint-tmp") / "d" / str(number)
+                with contextlib.suppress(OSError):  # removed meanwhile
+                    late.parent.mkdir(parents=True, exist_ok=True)
+                    late.write_text("late")
+                time.sleep(0.03)
+
+        threads.append(threading.Thread(target=write))
+        threads[0].start()
+        raise ValueError("Error writing 'x': No space left on device [tensorstore_spec='{}']")
+
+    before = files_of(tmp_path)
+    monkeypatch.setattr(ocp.Checkpointer, "save", fails_while_others_write)
+    with pytest.raises(OSError, match=r"^cannot write '.*': No space left on device$"):
+        save_checkpoint(copy, model, {})
+    threads[0].join()
     assert files_of(tmp_path) == before and [entry.name for entry in tmp_path.iterdir()] == ["copy"]
 
 

@@ -318,8 +318,12 @@ class Calibrator:
             "routing": {"layers": layers["routing"]},
         }
         model = ElasticModel(config=self.config, elastic=self.elastic, variables=variables, placement=self.placement)
-        shuffled = np.random.default_rng(self.calibration.seed).permutation(windows)
-        recorded, others = np.split(shuffled, [self.calibration.threshold_windows])
-        if self.calibration.recipe == "elastic":
+        cal = self.calibration
+        shuffled = np.random.default_rng(cal.seed).permutation(windows)
+        recorded, others = np.split(shuffled, [cal.threshold_windows])
+        # A threshold gives other bits on other text: what the model writes itself is nearer to text of other sources.
+        written = self._generated(params, windows)[: round(cal.end_generated_share * len(recorded))]
+        recorded = np.concatenate([written, recorded[len(written) :]])
+        if cal.recipe == "elastic":
             model = dataclasses.replace(model, variables=self._fit_routers(model, others))
-        return record_thresholds(model, recorded, self.calibration.threshold_scope, self.observer.on_budget)
+        return record_thresholds(model, recorded, cal.threshold_scope, self.observer.on_budget)

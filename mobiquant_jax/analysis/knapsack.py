@@ -1,5 +1,7 @@
 """The least total cost within a budget of bits, one depth an item: exact, by dynamic programming."""
 
+import math
+
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -27,7 +29,7 @@ def knapsack(
     Raises:
         ValueError: the budget is below the first depth's bits.
     """
-    units = sizes // np.gcd.reduce(sizes)
+    units = sizes // math.gcd(*sizes.tolist())
     steps = units[:, None] * (np.asarray(bits) - bits[0])  # [n, E]
     capacity = int(np.floor((average - bits[0]) * units.sum() + 1e-6))
     if capacity < 0:

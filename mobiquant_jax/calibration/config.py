@@ -25,6 +25,7 @@ class CalibrationConfig:
         batch_size: windows a step; all at one budget.
         budgets: average bits that the windows are streamed and trained at.
         budgets_per_window: at how many of the budgets each window is streamed.
+        scale_width: bits at which channel scales are to be right (`channel_scales`); 0 for none.
         epochs: epochs of a block's training.
         joint_epochs: how many of them, the last ones, train slices and routers together (recipe "paper").
         weight_lr: peak learning rate of the weights (recipe "elastic").
@@ -71,6 +72,7 @@ class CalibrationConfig:
     batch_size: int = 1
     budgets: tuple[float, ...] = (2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
     budgets_per_window: int = 1
+    scale_width: int = 0
     epochs: int = 20
     joint_epochs: int = 10
     weight_lr: float = 1e-4
@@ -129,6 +131,12 @@ class CalibrationConfig:
             raise ValueError(f"calibration.end_epochs={self.end_epochs}: the recipe 'paper' ends with the blocks")
         if self.recipe == "paper" and self.has_finer_slices:
             raise ValueError(f"calibration.fine_above={self.fine_above}: the recipe 'paper' trains all slices together")
+        if self.recipe == "paper" and self.scale_width:
+            raise ValueError(f"calibration.scale_width={self.scale_width}: the recipe 'paper' scales no channels")
+        if self.scale_width not in (0, *range(2, CODE_BITS + 1)):
+            raise ValueError(
+                f"calibration.scale_width={self.scale_width} is neither 0 nor a width from 2 to {CODE_BITS}"
+            )
         if self.fine_above > CODE_BITS:
             raise ValueError(f"calibration.fine_above={self.fine_above} exceeds the {CODE_BITS} bits of a code")
         if self.fine_epochs > 0 and not self.has_finer_slices:

@@ -27,6 +27,7 @@ from jaxtyping import Int
 
 from mobiquant_jax import distributed
 from mobiquant_jax.calibration.block import BlockReport, BlockTrainer, Stream
+from mobiquant_jax.calibration.channel_scales import ChannelScales, find_scales, fold, stack_scales
 from mobiquant_jax.calibration.config import CalibrationConfig
 from mobiquant_jax.calibration.distillation import Distiller, TuningState
 from mobiquant_jax.calibration.end_to_end import EndToEndTrainer
@@ -47,6 +48,8 @@ from mobiquant_jax.io.checkpoint import DamagedTree, load_tree, save_tree
 from mobiquant_jax.models import LlamaConfig
 from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel, Variables
 from mobiquant_jax.sharding import Placement, one_device
+
+SCALE_WINDOWS = 16  # on which a block's channel scales are found
 
 
 class Observer(Protocol):
@@ -157,12 +160,46 @@ class Calibrator:
 
         with WriteBehind() as behind:
             for index, dense in enumerate(read_ahead(read, self.config.num_hidden_layers)):
+                dense = self._scaled(dense, full, index)
                 target = trainer.dense_block(dense, full)
                 trained = self._load(self.run.block(index), trainer.abstract_trained)
                 if trained is None:
                     trained = self._train_block(trainer, dense, quantized, target, index, behind)
                 quantized = trainer.packed_block(trainer.pack(trained), quantized)
                 full = target
+
+    def _scaled(self, dense: Params, stream: Stream, index: int) -> Params:
+        """The dense block, which the stream enters, with its channels scaled where the recipe wants that.
+
+        The scales are on disk before anything that depends on them.
+        """
+        if not self.calibration.scale_width:
+            return dense
+        scales = self.run.load_scales()
+        if index >= len(scales):
+            shards = self.placement.batch_shards
+            some = stream[: max(SCALE_WINDOWS // shards, 1) * shards]
+            some = self.placement.put_batch(some) if isinstance(some, np.ndarray) else some
+            scales.append(jax.device_get(self._find_scales(dense, some)))
+            distributed.on_main(f"saving '{self.run.scales}'", partial(self.run.save_scales, scales))
+        return self._fold(dense, self.placement.put_whole(scales[index]))
+
+    @cached_property
+    def _find_scales(self) -> Callable[[Params, Any], ChannelScales]:
+        width = self.calibration.scale_width
+
+        def find(dense: Params, stream: Any) -> ChannelScales:
+            with jax.default_matmul_precision("float32"):
+                return find_scales(self.config, dense, stream, self.elastic.group_size, width)
+
+        return jax.jit(find, out_shardings=self.placement.replicated)
+
+    @cached_property
+    def _fold(self) -> Callable[[Params, ChannelScales], Params]:
+        def folded(dense: Params, scales: ChannelScales) -> Params:
+            return jax.lax.with_sharding_constraint(fold(dense, scales), self.placement.shardings(dense))
+
+        return jax.jit(folded)
 
     def _finished_blocks(self) -> int:
         """How many blocks from the first one on are on disk; orbax renames a block into place when it is complete."""
@@ -244,9 +281,15 @@ class Calibrator:
             layers = self._packed_blocks(trainer)
         if cal.has_finer_slices:
             fine = FineTuner(**common)
-            tuned = self._distil(
-                fine, lambda: fine.begin(layers, dense["layers"]), dense, FINE, "finer slices", cal.fine_epochs
-            )
+
+            def begin() -> Params:
+                original = dense["layers"]
+                if cal.scale_width:
+                    scales = stack_scales(self.run.load_scales())
+                    original = self._fold(original, self.placement.put_whole(scales))
+                return fine.begin(layers, original)
+
+            tuned = self._distil(fine, begin, dense, FINE, "finer slices", cal.fine_epochs)
             layers = layers | {"slices": fine.slices(tuned)}
         return layers
 

@@ -5,6 +5,7 @@ tree, which each process writes of its own devices.
 
 run.json       config, fingerprints of model and data, provenance
 generated.npy  windows that the unquantized model wrote, where the recipe wants some
+scales.npz     channel scales of the blocks so far, likewise
 blocks/NNN/    each finished block, until the checkpoint is complete
 tuning/NNN/    the last saved state of end-to-end tuning, until then too
 fine/NNN/      that of tuning the finer slices
@@ -19,6 +20,7 @@ import contextlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ import numpy as np
 from jaxtyping import Int
 
 from mobiquant_jax import distributed
+from mobiquant_jax.calibration.channel_scales import ChannelScales, stack_scales
 from mobiquant_jax.calibration.event_file import EventFile, check_installed
 from mobiquant_jax.files import read_json_object
 from mobiquant_jax.provenance import peak_memory
@@ -73,6 +76,27 @@ class RunDir:
         unfinished = self.generated.with_suffix(".unfinished.npy")
         np.save(unfinished, windows)
         unfinished.rename(self.generated)
+
+    @property
+    def scales(self) -> Path:
+        """Channel scales of the first blocks."""
+        return self.path / "scales.npz"
+
+    def load_scales(self) -> list[ChannelScales]:
+        """Those on disk, one a block."""
+        if not self.scales.is_file():
+            return []
+        with np.load(self.scales) as stacked:
+            return [
+                ChannelScales(*leaves)
+                for leaves in zip(*(stacked[name] for name in ChannelScales._fields), strict=True)
+            ]
+
+    def save_scales(self, scales: Sequence[ChannelScales]) -> None:
+        """Writes them all; the file is replaced only once the new one is complete."""
+        unfinished = self.scales.with_suffix(".unfinished.npz")
+        np.savez(unfinished, **stack_scales(scales)._asdict())
+        unfinished.replace(self.scales)
 
     @property
     def profile(self) -> Path:

@@ -37,6 +37,8 @@ from mobiquant_jax.calibration.config import Stage, stages
         (dict(recipe="paper", fine_above=4), "calibration.fine_above=4: the recipe 'paper' trains all slices together"),
         (dict(fine_epochs=2), "calibration.fine_epochs=2 needs fine_above below 8"),
         (dict(fine_above=9), "calibration.fine_above=9 exceeds the 8 bits of a code"),
+        (dict(scale_width=1), "calibration.scale_width=1 is neither 0 nor a width from 2 to 8"),
+        (dict(recipe="paper", scale_width=3), "calibration.scale_width=3: the recipe 'paper' scales no channels"),
         (dict(end_generated_share=1.5), "calibration.end_generated_share=1.5 is outside 0..1"),
         (dict(end_generated_windows=-1), "calibration.end_generated_windows=-1 must be finite and not negative"),
         (dict(end_save_seconds=-1.0), "calibration.end_save_seconds=-1.0 must be finite and not negative"),

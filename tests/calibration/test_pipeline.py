@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from mobiquant_jax.calibration import BlockReport, BlockTrainer, Calibrator, RunDir, pipeline
+from mobiquant_jax.calibration.channel_scales import fold, stack_scales
 from mobiquant_jax.calibration.distillation import Distiller
 from mobiquant_jax.calibration.fine_slices import FineTuner
 from mobiquant_jax.calibration.linears import trainable
@@ -354,3 +355,43 @@ def test_thresholds_are_recorded_on_written_windows_too(
     of_model = (recorded[0] == 60).all(axis=1)
     assert recorded[0].shape == (4, 16) and of_model.sum() == expected
     assert {row.tobytes() for row in recorded[0][~of_model]} <= {row.tobytes() for row in many}
+
+
+def test_channels_are_scaled_before_blocks_train_and_a_run_continues_with_the_same_scales(
+    calibrator, trained, recorded, params, windows
+):
+    first = calibrator("run", Recorder(stop_after=0), scale_width=3)
+    with pytest.raises(KeyboardInterrupt):
+        first.calibrate(params, windows)
+    moved = [jax.tree.map(lambda leaf: 1.5 * leaf, first.run.load_scales()[0])]
+    first.run.save_scales(moved)  # not what a search would find: what is there counts
+    shutil.rmtree(first.run.blocks)
+    second = calibrator("run", Recorder(), scale_width=3)
+    variables = second.calibrate(params, windows)
+    scales = second.run.load_scales()
+    jax.tree.map(np.testing.assert_array_equal, scales[0], moved[0])
+    found = fold(params["layers"], stack_scales(scales))
+    for index, (dense, _, target) in sorted(trained.items()):
+        expected = jax.tree.map(lambda leaf, index=index: np.asarray(leaf)[index], found)
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), dense, expected)
+        assert target.shape == (*windows.shape, target.shape[-1])
+    plain = calibrator("plain", Recorder())
+    plain.calibrate(params, windows)
+    assert plain.run.load_scales() == []  # trained now holds what blocks without scales were given
+    for index, (dense, _, _) in sorted(trained.items()):
+        jax.tree.map(
+            lambda leaf, all_, index=index: np.testing.assert_array_equal(leaf, all_[index]), dense, params["layers"]
+        )
+    norms = np.asarray(variables["params"]["layers"]["mlp_norm"]["scale"])
+    assert np.abs(norms / np.asarray(params["layers"]["mlp_norm"]["scale"]) - 1).max() > 0.05
+
+
+def test_finer_slices_of_scaled_channels_start_from_the_scaled_weights(calibrator, trained, recorded, params, windows):
+    changes = dict(budgets=(4.0, 8.0), scale_width=3, fine_above=4)
+    run = calibrator("run", Recorder(), **changes)
+    weight = run.calibrate(params, windows)["slices"]["layers"]["mlp"]["down_proj"]["weight"]
+    original = fold(params["layers"], stack_scales(run.run.load_scales()))["mlp"]["down_proj"]["kernel"]
+    read = np.asarray(jax.vmap(lambda sliced: sliced.dequantize(2))(weight))
+    step = np.repeat(np.asarray(weight.scale, np.float32), original.shape[1] // weight.scale.shape[1], axis=1) / 64
+    near = np.abs(read - np.asarray(original)) < step  # where the bins allow it: within a step of the 8-bit code
+    assert near.mean() > 0.6

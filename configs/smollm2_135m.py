@@ -40,7 +40,6 @@ def get_config() -> ConfigDict:
     config.calibration.window_length = 256
     config.calibration.batch_size = 4
     config.calibration.budgets = (2.0, 3.0, 4.0, 6.0, 8.0)
-    config.calibration.scale_width = 3
     config.calibration.epochs = 1
     config.calibration.end_epochs = 3
     config.calibration.end_weight_lr = 2e-4

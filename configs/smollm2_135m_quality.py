@@ -6,8 +6,8 @@ Needs: the model of smollm2_135m.py, 16 GB of GPU memory, 8 GB of host memory, a
 one to score.
 Expect: one elastic checkpoint in ``runs/smollm2_135m_quality``; about ten minutes on an H100.
 
-Only widths of up to 4 bits are trained end to end, two thirds on text that the model writes itself; the
-finer slices start from the unquantized weights and are tuned alone (`calibration/fine_slices.py`).
+Channels are scaled first. Only widths of up to 4 bits are trained end to end, two thirds on text that the model writes
+itself; the finer slices start from the unquantized weights and are tuned alone (`calibration/fine_slices.py`).
 """
 
 from pathlib import Path
@@ -31,6 +31,7 @@ def get_config() -> ConfigDict:
     config.calibration.window_length = 2048
     config.calibration.budgets = (2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
     config.calibration.dtype = "bfloat16"
+    config.calibration.scale_width = 3
     config.calibration.epochs = 2
     config.calibration.end_epochs = 60
     config.calibration.end_batch_size = 2

@@ -13,7 +13,8 @@ geometric means over channels, is
 
 and (a, b) the pair of a grid with the least ``sum_j m_j^2 |d_j|^2``, d the error of the scaled weights at some width,
 scaled back: the output's expected squared error were the inputs uncorrelated. The grid holds (0, 0). Means are over all
-tokens alike: the huge activations of a first token, which later layers live by, are made by single rows of down.
+tokens alike: the huge activations of a first token, which later layers live by, are made by single rows of down. A
+channel that is next to silent counts as one of a 32nd of the median, or its row's step would be as coarse as it likes.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,7 +40,8 @@ _SITES = {  # what the scale is divided out of: the linears that read it
     "mlp_norm": ("mlp/gate_proj", "mlp/up_proj"),
     "up_proj": ("mlp/down_proj",),
 }
-_TINY = 1e-12
+_QUIETEST = 2.0**-10  # of the median mean square
+_TINY = 1e-30
 
 
 class ChannelScales(NamedTuple):
@@ -81,7 +83,7 @@ def stack_scales(scales: Sequence[ChannelScales]) -> ChannelScales:
 
 
 def find_scales(
-    config: LlamaConfig, block: Params, x: Float[Array, "B T D"], group_size: int, width: int
+    config: LlamaConfig, block: Params, x: Float[Array, "B T D"], group_size: int, width: int, at_once: int = 1
 ) -> ChannelScales:
     """The best scales of a block; traceable.
 
@@ -91,50 +93,60 @@ def find_scales(
         x: what enters it.
         group_size: of the slices.
         width: bits at which weights are to be right.
+        at_once: windows that go through the block together; the batch is a multiple of it.
     """
-    moments = _input_moments(config, block, x)
+    with jax.default_matmul_precision("float32"):  # as the streams are made
+        moments = _input_moments(config, block, x, at_once)
 
     def best(paths: tuple[str, ...]) -> Float[Array, " in"]:
-        part = paths[0].split("/")[0]
-        kernel = jnp.concatenate([block[part][path.split("/")[1]]["kernel"] for path in paths], axis=1)
-        return _best_scale(kernel, moments[paths[0]], group_size, width)
+        kernels = [block[path.split("/")[0]][path.split("/")[1]]["kernel"] for path in paths]
+        return _best_scale(kernels, moments[paths[0]], group_size, width)
 
     return ChannelScales(**{fed: best(paths) for fed, paths in _SITES.items()})
 
 
 def _best_scale(
-    kernel: Float[Array, "in out"], moment: Float[Array, " in"], group_size: int, width: int
+    kernels: Sequence[Float[Array, "in out"]], moment: Float[Array, " in"], group_size: int, width: int
 ) -> Float[Array, " in"]:
-    clipping = Clipping.create(kernel.shape[0], kernel.shape[1], group_size)
-    log_input, log_row = _centred_log_rms(moment), _centred_log_rms(jnp.mean(jnp.square(kernel), axis=1))
+    log_input = _centred_log_rms(moment)
+    log_row = _centred_log_rms(jnp.stack([jnp.sum(jnp.square(kernel), axis=1) for kernel in kernels]).sum(axis=0))
 
     def scale(exponents: Float[Array, "2"]) -> Float[Array, " in"]:
         return jnp.exp(exponents[0] * log_input - exponents[1] * log_row)
 
     def loss(exponents: Float[Array, "2"]) -> Float[Array, ""]:
         rows = scale(exponents)[:, None]
-        error = fake_quantize(kernel * rows, clipping, width) / rows - kernel
-        return moment @ jnp.mean(jnp.square(error), axis=1)
+
+        def of(kernel: Float[Array, "in out"]) -> Float[Array, ""]:
+            clipping = Clipping.create(kernel.shape[0], kernel.shape[1], group_size)
+            error = fake_quantize(kernel * rows, clipping, width) / rows - kernel
+            return moment @ jnp.sum(jnp.square(error), axis=1)
+
+        return jnp.stack([of(kernel) for kernel in kernels]).sum()
 
     grid = jnp.asarray(EXPONENTS)
     return scale(grid[jnp.argmin(jax.lax.map(loss, grid))])
 
 
 def _centred_log_rms(moment: Float[Array, " in"]) -> Float[Array, " in"]:
-    """Of second moments: the logarithm of their root over its geometric mean."""
-    logarithm = 0.5 * jnp.log(jnp.maximum(moment, _TINY))
+    """Of mean squares: the logarithm of their root over its geometric mean."""
+    logarithm = 0.5 * jnp.log(jnp.maximum(moment, _QUIETEST * jnp.median(moment) + _TINY))
     return logarithm - jnp.mean(logarithm)
 
 
-def _input_moments(config: LlamaConfig, block: Params, x: Float[Array, "B T D"]) -> dict[str, Float[Array, " in"]]:
+def _input_moments(
+    config: LlamaConfig, block: Params, x: Float[Array, "B T D"], at_once: int
+) -> dict[str, Float[Array, " in"]]:
     """Mean squares of every linear's inputs, by path."""
 
-    def window(x: Float[Array, "T D"]) -> Any:
+    def windows(x: Float[Array, "b T D"]) -> Any:
         apply: Callable[..., Any] = Block(config, linear=_Recorded).apply
-        positions = jnp.arange(len(x), dtype=jnp.int32)[None]
-        return apply({"params": block}, x[None], positions, mutable=["moments"])[1]["moments"]
+        positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
+        return apply({"params": block}, x, positions, mutable=["moments"])[1]["moments"]
 
-    found = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), jax.lax.map(window, x))
+    # Neighbours in the batch lie on one device: each step takes one window of every device's.
+    steps = x.reshape(at_once, -1, *x.shape[1:]).swapaxes(0, 1)
+    found = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), jax.lax.map(windows, steps))
     return {path: found[path.split("/")[0]][path.split("/")[1]]["square"][0] for path in config.linear_shapes()}
 
 

@@ -6,8 +6,9 @@ this one trains, and both streams or, where ``calibration.streams`` keeps those 
 trained block is written while the streams go through it and through the next full-precision one. What follows the
 blocks (tuning, also of the finer slices alone, fitting the routers, recording thresholds) needs the whole model there.
 
-Order on ``resume``: the folder's blocks are read instead of trained, all but those that are damaged; streams are
-recomputed through them, so a resumed run continues with the very numbers of an uninterrupted one.
+Order on ``resume``: the folder's blocks and channel scales are read instead of trained and found, all but blocks that
+are damaged; streams are recomputed through them, so a resumed run continues with the very numbers of an uninterrupted
+one.
 """
 
 import contextlib
@@ -158,9 +159,11 @@ class Calibrator:
         def read(index: int) -> Params:
             return self.placement.put(jax.tree.map(lambda leaf: layer(leaf, index), params["layers"]))
 
+        scales = self._load_scales()
         with WriteBehind() as behind:
             for index, dense in enumerate(read_ahead(read, self.config.num_hidden_layers)):
-                dense = self._scaled(dense, full, index)
+                if self.calibration.scale_width:
+                    dense = self._scaled(dense, full, index, scales)
                 target = trainer.dense_block(dense, full)
                 trained = self._load(self.run.block(index), trainer.abstract_trained)
                 if trained is None:
@@ -168,38 +171,46 @@ class Calibrator:
                 quantized = trainer.packed_block(trainer.pack(trained), quantized)
                 full = target
 
-    def _scaled(self, dense: Params, stream: Stream, index: int) -> Params:
-        """The dense block, which the stream enters, with its channels scaled where the recipe wants that.
-
-        The scales are on disk before anything that depends on them.
-        """
-        if not self.calibration.scale_width:
-            return dense
+    def _load_scales(self) -> list[ChannelScales]:
+        """Channel scales on disk, as many as process 0 sees."""
         scales = self.run.load_scales()
+        known = distributed.from_main(len(scales))
+        if len(scales) < known:
+            raise ValueError(f"'{self.run.scales}' is another file here than it is to process 0")
+        return scales[:known]
+
+    def _scaled(self, dense: Params, stream: Stream, index: int, scales: list[ChannelScales]) -> Params:
+        """The dense block, which the stream enters, with its channels scaled; its buffers are donated.
+
+        The scales are found where there are none, and are on disk before anything that depends on them.
+        """
         if index >= len(scales):
             shards = self.placement.batch_shards
             some = stream[: max(SCALE_WINDOWS // shards, 1) * shards]
             some = self.placement.put_batch(some) if isinstance(some, np.ndarray) else some
             scales.append(jax.device_get(self._find_scales(dense, some)))
+            if not all(np.isfinite(leaf).all() for leaf in scales[index]):
+                raise ValueError(f"the unquantized model's activations in block {index} are not finite")
             distributed.on_main(f"saving '{self.run.scales}'", partial(self.run.save_scales, scales))
-        return self._fold(dense, self.placement.put_whole(scales[index]))
+        return self._fold_block(dense, self.placement.put_whole(scales[index]))
 
     @cached_property
     def _find_scales(self) -> Callable[[Params, Any], ChannelScales]:
-        width = self.calibration.scale_width
-
-        def find(dense: Params, stream: Any) -> ChannelScales:
-            with jax.default_matmul_precision("float32"):
-                return find_scales(self.config, dense, stream, self.elastic.group_size, width)
-
+        find = partial(
+            find_scales,
+            self.config,
+            group_size=self.elastic.group_size,
+            width=self.calibration.scale_width,
+            at_once=self.placement.batch_shards,
+        )
         return jax.jit(find, out_shardings=self.placement.replicated)
 
     @cached_property
-    def _fold(self) -> Callable[[Params, ChannelScales], Params]:
-        def folded(dense: Params, scales: ChannelScales) -> Params:
-            return jax.lax.with_sharding_constraint(fold(dense, scales), self.placement.shardings(dense))
+    def _fold_block(self) -> Callable[[Params, ChannelScales], Params]:
+        return jax.jit(self._folded, donate_argnums=0)
 
-        return jax.jit(folded)
+    def _folded(self, dense: Params, scales: ChannelScales) -> Params:
+        return jax.lax.with_sharding_constraint(fold(dense, scales), self.placement.shardings(dense))
 
     def _finished_blocks(self) -> int:
         """How many blocks from the first one on are on disk; orbax renames a block into place when it is complete."""
@@ -285,8 +296,8 @@ class Calibrator:
             def begin() -> Params:
                 original = dense["layers"]
                 if cal.scale_width:
-                    scales = stack_scales(self.run.load_scales())
-                    original = self._fold(original, self.placement.put_whole(scales))
+                    scales = stack_scales(self._load_scales())
+                    original = jax.jit(self._folded)(original, self.placement.put_whole(scales))
                 return fine.begin(layers, original)
 
             tuned = self._distil(fine, begin, dense, FINE, "finer slices", cal.fine_epochs)

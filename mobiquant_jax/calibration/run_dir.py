@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from jaxtyping import Int
@@ -83,10 +84,20 @@ class RunDir:
         return self.path / "scales.npz"
 
     def load_scales(self) -> list[ChannelScales]:
-        """Those on disk, one a block."""
+        """Those on disk, one a block.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
         if not self.scales.is_file():
             return []
-        with np.load(self.scales) as stacked:
+        try:
+            return self._read_scales()
+        except (ValueError, KeyError, OSError, BadZipFile) as error:
+            raise ValueError(f"'{self.scales}' is damaged: --overwrite starts over") from error
+
+    def _read_scales(self) -> list[ChannelScales]:
+        with self.scales.open("rb") as file, np.load(file) as stacked:
             return [
                 ChannelScales(*leaves)
                 for leaves in zip(*(stacked[name] for name in ChannelScales._fields), strict=True)

@@ -33,7 +33,7 @@ def record_thresholds(
 
     Args:
         model: an elastic model; where it has a placement, call under ``jax.set_mesh`` of its mesh.
-        windows: calibration tokens; run as one batch.
+        windows: tokens; run as one batch.
         scope: ``"linear"``: every linear reads ``bits`` on average. ``"global"``: one threshold for all linears,
             at which the model reads ``bits`` on average, so that sensitive linears may read more.
         progress: called with each budget as it is done, from high to low, and how many are left.

@@ -41,7 +41,8 @@ INVENTORY = "files.json"  # in each saved tree: the size and the CRC-32 of every
 _CHUNK_BYTES = 2**20  # smaller layers share a chunk
 _MATRIX_CHUNK_BYTES = 2**26  # of the embedding and the head
 _READ_BYTES = 2**24
-_QUIET_SECONDS = 1.0  # after which writes of a failed save have ended
+_QUIET_SECONDS = 1.0  # after which writes of a failed save are taken to have ended
+_LONGEST_SECONDS = 20.0  # for which they are waited for
 
 
 class DamagedTree(ValueError):
@@ -94,15 +95,15 @@ def save_tree(path: str | Path, tree: Any) -> None:
 
 
 def _remove_abandoned(partial: Path) -> None:
-    """Removes what a failed save has written, until nothing comes any more.
+    """Removes what a failed save has written, until nothing has come for a while; a disk may refuse even that.
 
     The first write that fails is raised while TensorStore's threads go on with the others, and each of them makes the
-    folders that it misses.
+    folders that it misses. Nothing tells when they have ended.
     """
-    quiet_since = time.monotonic()
-    while time.monotonic() - quiet_since < _QUIET_SECONDS:
+    begin = quiet_since = time.monotonic()
+    while (now := time.monotonic()) - quiet_since < _QUIET_SECONDS and now - begin < _LONGEST_SECONDS:
         unfinished = partial.parent.glob(f"{glob.escape(partial.name)}.orbax-checkpoint-tmp*")
-        for folder in filter(Path.exists, (partial, *unfinished)):
+        for folder in filter(os.path.lexists, (partial, *unfinished)):
             shutil.rmtree(folder, ignore_errors=True)
             quiet_since = time.monotonic()
         time.sleep(_QUIET_SECONDS / 20)

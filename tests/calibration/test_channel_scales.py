@@ -1,5 +1,7 @@
 """Channel scales: the block's function stays, and the weights that matter get nearer to what they were."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -97,3 +99,19 @@ def test_down_gets_its_scale_from_what_up_and_gate_make(config, block, stream):
     loud["mlp"]["up_proj"]["kernel"][:, 5] *= 30.0  # one channel of down's input
     assert error(fold(loud, find_scales(config, loud, stream, GROUP, 3))) < 0.7 * error(loud)
     assert error(folded) < 1.1 * error(block)
+
+
+def test_silent_channels_and_dead_rows_stay_in_bounds(config, block, stream):
+    """Zero gains, rows of zeros and channels that are all but silent get the scale of a quiet channel, not of none."""
+    dead = jax.tree.map(np.array, block)
+    dead["attention_norm"]["scale"][3] = 0.0
+    dead["mlp_norm"]["scale"][4] = 1e-20
+    dead["mlp"]["up_proj"]["kernel"][:, 2] = 0.0
+    dead["mlp"]["down_proj"]["kernel"][9] = 0.0
+    scales = find_scales(config, dead, stream, GROUP, 3)
+    for leaf in scales:
+        assert np.isfinite(leaf).all() and 1 / 64 < np.min(leaf) and np.max(leaf) < 64 * np.median(leaf)
+    want, got = apply(config, dead, stream), apply(config, fold(dead, scales), stream)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
+    together = find_scales(config, dead, stream, GROUP, 3, at_once=3)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4), scales, together)

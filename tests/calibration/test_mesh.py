@@ -33,6 +33,7 @@ SECTIONS = {
         window_length=16,
         budgets=(5.0, 6.0),
         batch_size=4,
+        scale_width=3,
         epochs=1,
         weight_lr=1e-5,  # low rates: Adam makes whole steps of gradients that are rounding alone
         clipping_lr=1e-3,
@@ -153,7 +154,7 @@ def test_the_finer_slices_start_alike_on_eight_devices(mesh_model, elastic):
 def test_a_block_of_the_paper_trains_alike_on_eight_devices(mesh_model, elastic):
     """Its routers too, which the other recipe leaves alone until all blocks are done."""
     config, params, tokens = mesh_model
-    changes = dict(recipe="paper", epochs=1, joint_epochs=1, router_lr=2e-4, end_epochs=0)
+    changes = dict(recipe="paper", scale_width=0, epochs=1, joint_epochs=1, router_lr=2e-4, end_epochs=0)
     calibration = CalibrationConfig(**(SECTIONS["calibration"] | changes))
     windows = tokens[: 8 * 16].reshape(8, 16)
     found = []
@@ -227,7 +228,16 @@ def test_two_processes_of_four_devices(on_one, runs, arguments):
     (first, _), (second, _) = said
     assert "block  2/2" in first and "checkpoint:" in first
     assert "block" not in second and "checkpoint" not in second  # the collectives print lines of their own
-    files = ["checkpoint", "curve.json", "curve.png", "metrics.jsonl", "profile", "result.json", "run.json"]
+    files = [
+        "checkpoint",
+        "curve.json",
+        "curve.png",
+        "metrics.jsonl",
+        "profile",
+        "result.json",
+        "run.json",
+        "scales.npz",
+    ]
     assert sorted(entry.name for entry in (runs / "two").iterdir()) == files
     assert list((runs / "two" / "profile").rglob("*.xplane.pb"))
     assert json.loads((runs / "two" / "run.json").read_text())["mesh"] == SHAPE

@@ -5,8 +5,10 @@ import json
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from mobiquant_jax.calibration.channel_scales import ChannelScales
 from mobiquant_jax.calibration.run_dir import ROUTER, TUNING, RunDir, open_run
 
 RECORD = {"config": {"quant.group_size": 64, "calibration.budgets": (2.0, 8.0)}, "model": "m", "data": "d", "made": 1}
@@ -141,6 +143,24 @@ def test_unfinished_epochs_do_not_count_and_all_of_it_is_removed_at_the_end(tmp_
     peaks = [(row := json.loads(line)).pop("peak_gb") for line in lines]
     assert [json.loads(line)["block"] for line in lines] == [0, 1] and row == {"block": 1, "peak_device_gb": None}
     assert 0.05 < peaks[0] <= peaks[1]
+
+
+def test_channel_scales_come_back_and_a_damaged_file_is_named(tmp_path):
+    run = opened(tmp_path / "run")
+    assert run.load_scales() == []
+    rng = np.random.default_rng(0)
+    blocks = [ChannelScales(*(rng.normal(size=n).astype(np.float32) for n in (4, 4, 6))) for _ in range(3)]
+    for count in (1, 3):
+        run.save_scales(blocks[:count])
+        found = run.load_scales()
+        assert len(found) == count and all(isinstance(one, ChannelScales) for one in found)
+        for one, wanted in zip(found, blocks, strict=False):
+            for leaf, wanted_leaf in zip(one, wanted, strict=True):
+                np.testing.assert_array_equal(leaf, wanted_leaf)
+    assert sorted(entry.name for entry in run.path.iterdir()) == ["run.json", "scales.npz"]
+    run.scales.write_bytes(run.scales.read_bytes()[:-40])
+    with pytest.raises(ValueError, match=r"^'.*scales\.npz' is damaged: --overwrite starts over$"):
+        run.load_scales()
 
 
 def test_an_event_file_holds_the_numbers_of_the_metrics(tmp_path):

@@ -209,6 +209,18 @@ def test_writes_that_go_on_after_one_has_failed_leave_nothing(model, copy, tmp_p
     assert files_of(tmp_path) == before and [entry.name for entry in tmp_path.iterdir()] == ["copy"]
 
 
+def test_a_folder_that_cannot_be_removed_does_not_keep_the_error_back(model, tmp_path, monkeypatch):
+    def fails(self, folder, args):
+        Path(f"{folder}.orbax-checkpoint-tmp").mkdir()
+        raise ValueError("Error writing 'x': Read-only file system [tensorstore_spec='{}']")
+
+    monkeypatch.setattr(ocp.Checkpointer, "save", fails)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    monkeypatch.setattr(checkpoint, "_LONGEST_SECONDS", 0.3)
+    with pytest.raises(OSError, match=r"^cannot write '.*': Read-only file system$"):
+        save_tree(tmp_path / "tree", {"a": np.zeros(3)})
+
+
 def test_an_unquantized_model_is_refused(model, tmp_path):
     dense = ElasticModel(config=model.config, variables={"params": {}})
     with pytest.raises(ValueError, match="unquantized model is saved with io.save_hf"):

@@ -123,12 +123,14 @@ barrier("never")
 
 
 def test_a_process_that_dies_in_the_middle_is_one_line_in_the_others():
+    """It dies while the other waits in a collective; before, only the runtime notices, when its heartbeats stop."""
     port = free_port()
     body = """
 from mobiquant_jax.distributed import barrier
 barrier("met")
 if jax.process_index() == 1:
-    import os
+    import os, time
+    time.sleep(3)
     os._exit(9)
 barrier("never")
 """

@@ -55,7 +55,8 @@ def initialize(
     """Joins the processes of a job; nothing where there is only one.
 
     Processes other than 0 stop printing. One that waits in vain for the others, or whose computation with them fails,
-    ends with one line.
+    ends with one line. Where another one died before they met in a collective, the runtime notices by its heartbeats,
+    `HEARTBEAT_SECONDS` later, and aborts all of them itself.
 
     Args:
         coordinator: ``HOST:PORT`` of process 0; None where the scheduler tells.

@@ -15,6 +15,7 @@ from mobiquant_jax.baselines.capture import INPUT_GROUPS, Moments
 from mobiquant_jax.baselines.kernels import Params, get_kernels, with_kernels
 from mobiquant_jax.baselines.rtn import round_to_nearest
 from mobiquant_jax.baselines.spec import QuantSpec, positions
+from mobiquant_jax.calibration import channel_scales
 from mobiquant_jax.models import LlamaConfig, rms_norm
 from mobiquant_jax.models.llama import MLP, Attention
 
@@ -50,18 +51,13 @@ class ChannelScales:
 
 def fold(block: Params, scales: ChannelScales, config: LlamaConfig) -> Params:
     """Scales the rows of all linears and divides what feeds them: the block's function stays the same."""
-    kernels = get_kernels(block, config)
-    for path in kernels:
-        scale = scales.of(path)
-        if scale is not None:
-            kernels[path] = kernels[path] * scale[:, None]
-    kernels["mlp/up_proj"] = kernels["mlp/up_proj"] / scales.down
-    if scales.o is not None:
-        kernels["attention/v_proj"] = kernels["attention/v_proj"] / scales.o
-    folded = with_kernels(block, kernels)
-    folded["attention_norm"] = {"scale": block["attention_norm"]["scale"] / scales.qkv}
-    folded["mlp_norm"] = {"scale": block["mlp_norm"]["scale"] / scales.gate_up}
-    return folded
+    folded = channel_scales.fold(block, channel_scales.ChannelScales(scales.qkv, scales.gate_up, scales.down))
+    if scales.o is None:
+        return folded
+    kernels = get_kernels(folded, config)
+    kernels["attention/o_proj"] = kernels["attention/o_proj"] * scales.o[:, None]
+    kernels["attention/v_proj"] = kernels["attention/v_proj"] / scales.o
+    return with_kernels(folded, kernels)
 
 
 def channel_scale(magnitude: Float[Array, " in"], exponent: Float[Array, ""]) -> Float[Array, " in"]:

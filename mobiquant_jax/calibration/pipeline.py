@@ -50,7 +50,7 @@ from mobiquant_jax.models import LlamaConfig
 from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel, Variables
 from mobiquant_jax.sharding import Placement, one_device
 
-SCALE_WINDOWS = 16  # on which a block's channel scales are found
+SCALE_WINDOWS = 16  # on which a block's channel scales are found, or as near as devices hold equal parts of
 
 
 class Observer(Protocol):
@@ -375,7 +375,8 @@ class Calibrator:
         cal = self.calibration
         shuffled = np.random.default_rng(cal.seed).permutation(windows)
         recorded, others = np.split(shuffled, [cal.threshold_windows])
-        # A threshold gives other bits on other text: what the model writes itself is nearer to text of other sources.
+        # A threshold gives other bits on other text, so it is recorded on all that tuning learned from. The calibration
+        # windows that written ones replace are kept from the routers all the same: they fit to as many either way.
         written = self._generated(params, windows)[: round(cal.end_generated_share * len(recorded))]
         recorded = np.concatenate([written, recorded[len(written) :]])
         if cal.recipe == "elastic":

@@ -98,7 +98,7 @@ def test_down_gets_its_scale_from_what_up_and_gate_make(config, block, stream):
     loud = jax.tree.map(np.array, block)
     loud["mlp"]["up_proj"]["kernel"][:, 5] *= 30.0  # one channel of down's input
     assert error(fold(loud, find_scales(config, loud, stream, GROUP, 3))) < 0.7 * error(loud)
-    assert error(folded) < 1.1 * error(block)
+    assert np.ptp(found.up_proj) > 0.1 and error(folded) < error(block)
 
 
 def test_silent_channels_and_dead_rows_stay_in_bounds(config, block, stream):

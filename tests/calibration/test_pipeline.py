@@ -409,3 +409,11 @@ def test_finer_slices_of_scaled_channels_start_from_the_scaled_weights(calibrato
     unscaled = np.asarray(params["layers"]["mlp"]["down_proj"]["kernel"])
     near, other = (np.mean(np.abs(read - np.asarray(kernel)) < step) for kernel in (original, unscaled))
     assert near > 0.6 > 2 * other  # where the bins allow it: within a step of the 8-bit code
+
+
+def test_activations_that_are_not_finite_are_named_and_leave_no_scales(calibrator, trained, params, windows):
+    broken = params | {"embedder": jax.tree.map(lambda leaf: np.full_like(leaf, np.inf), params["embedder"])}
+    run = calibrator("run", Recorder(), scale_width=3)
+    with pytest.raises(ValueError, match=r"^the unquantized model's activations in block 0 are not finite$"):
+        run.calibrate(broken, windows)
+    assert not trained and not run.run.scales.exists()

@@ -16,6 +16,10 @@ python experiments/baselines.py ... --recipes=settings.json --methods=rtn,gptq,a
 The calibration part of config.data.source is calibrated on; all of each --text, or its first windows, is scored, in
 windows of config.evaluation.window_length. Models that differ in seeds and rates only are made together. Where the
 file of --json exists, --resume adds the rows it lacks.
+
+--save=FOLDER also writes every model at its own width, and the unquantized one as it was scored, as a Hugging Face
+folder: FOLDER/unquantized, FOLDER/rtn-2, FOLDER/qat-3-0 (method, bits, seed). With --resume, a model whose rows are
+there but whose folder is not is made again, and its rows are kept.
 """
 
 import ast
@@ -24,6 +28,7 @@ import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -49,6 +54,7 @@ from mobiquant_jax.baselines import (
 from mobiquant_jax.config_flags import define_config, run, whole_numbers
 from mobiquant_jax.evaluation import evaluate_perplexity, perplexity_step
 from mobiquant_jax.experiment import load_dense_model, load_texts, load_windows
+from mobiquant_jax.io import save_hf
 from mobiquant_jax.models.elastic import DENSE_BITS, ElasticModel
 from mobiquant_jax.provenance import fingerprint, provenance
 
@@ -65,6 +71,7 @@ ELSEWHERE = flags.DEFINE_boolean("elsewhere", False, "also run OmniQuant's clipp
 AT_ONCE = flags.DEFINE_integer("at_once", 9, "most models made together; fewer need less memory", lower_bound=1)
 DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "type of the matmuls in training")
 JSON = flags.DEFINE_string("json", None, "file for the rows, rewritten after every model")
+SAVE = flags.DEFINE_string("save", None, "folder to write the models to, each a Hugging Face folder METHOD-BITS[-SEED]")
 RESUME = flags.DEFINE_boolean("resume", False, "add the rows that the file lacks")
 OVERWRITE = flags.DEFINE_boolean("overwrite", False, "replace the file")
 
@@ -94,6 +101,18 @@ class Job:
         others = whole_numbers("bits", BITS.value) if self.method == "omniquant" and ELSEWHERE.value else []
         return [self.bits, *(bits for bits in others if bits != self.bits)]
 
+    def folder(self) -> Path | None:
+        """Where the model is to be saved, if it is."""
+        if SAVE.value is None:
+            return None
+        name = "-".join(str(part) for part in (self.method, self.bits, self.seed) if part is not None)
+        return Path(SAVE.value).expanduser() / name
+
+    def lacks_folder(self) -> bool:
+        """Whether the model is still to be saved."""
+        folder = self.folder()
+        return folder is not None and not _holds_something(folder)
+
 
 def main(_: list[str]) -> None:
     """Plans, then makes and scores, a few models at a time."""
@@ -117,10 +136,12 @@ def main(_: list[str]) -> None:
     results = open_results(JSON.value, identity, provenance(), resume=RESUME.value, overwrite=OVERWRITE.value)
     scorer = Scorer(dense, texts, results, config.evaluation.batch_size)
     unquantized = Job(method="unquantized", bits=None, seed=None, settings=None, tried=None)
-    if scorer.lacks(unquantized):
+    _check_folders([unquantized, *jobs], scorer)
+    if scorer.lacks(unquantized) or unquantized.lacks_folder():
         dense_params = jax.tree.map(jnp.asarray, dense.variables["params"])
         scorer.score(unquantized, None, QuantizedModel(params=dense_params), 0.0)
-    for batch in _batches([job for job in jobs if scorer.lacks(job)]):
+        _save(unquantized, dense, QuantizedModel(params=dense_params))
+    for batch in _batches([job for job in jobs if scorer.lacks(job) or job.lacks_folder()]):
         method, spec = batch[0].method, specs[batch[0].bits]
         start = time.perf_counter()
         runs = [Run(settings=job.settings, seed=job.seed or 0) for job in batch]
@@ -133,6 +154,39 @@ def main(_: list[str]) -> None:
                 if bits != job.bits:
                     there = run_omniquant_at(specs[bits], dense.variables["params"], model)
                 scorer.score(job, bits, there, seconds)
+            _save(job, dense, model)
+
+
+def _check_folders(jobs: list[Job], scorer: "Scorer") -> None:
+    """Raises ValueError where a model could not be saved, or where what is there may be another one's."""
+    taken: set[Path] = set()
+    for job in jobs:
+        folder = job.folder()
+        if folder is None:
+            continue
+        if folder in taken:
+            raise ValueError(f"--save: two models would be written to '{folder}': give one value a field, not several")
+        taken.add(folder)
+        if folder.parent.exists() and not folder.parent.is_dir():
+            raise ValueError(f"--save: '{folder.parent}' is no folder")
+        # A folder is written whole, after its model's rows: with all rows in the table it is that model.
+        kept = RESUME.value and (folder / "config.json").is_file() and not scorer.lacks(job)
+        if _holds_something(folder) and not kept:
+            raise ValueError(
+                f"--save: '{folder}' is in the way: only --resume keeps a model, if all its rows are there"
+            )
+
+
+def _holds_something(folder: Path) -> bool:
+    """Whether there is a file, or a folder that is not empty."""
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+
+
+def _save(job: Job, dense: ElasticModel, quantized: QuantizedModel) -> None:
+    """Writes a model that was asked for and is not there yet."""
+    folder = job.folder()
+    if folder is not None and job.lacks_folder():
+        save_hf(folder, dense.config, quantized.params, dtype="float32", tokenizer=dense.tokenizer)
 
 
 class Scorer:

@@ -1,8 +1,9 @@
-"""The rows of a table of baselines in one JSON file, rewritten after each: a killed run loses nothing and is resumed.
+"""The rows of a table in one JSON file, rewritten after each: a killed run loses nothing and is resumed.
 
 identity   what all rows have in common: fingerprints of model, calibration data and texts, and how they are used
 sessions   where the rows came from: command, commit, versions, devices; a row's ``session`` is an index
-rows       {method, bits, calibrated_bits, seed, settings, text, perplexity, ...}
+rows       {method, bits, calibrated_bits, seed, settings, text, perplexity, ...}, or those of another table: the
+           columns of its key, and what was measured
 """
 
 import json
@@ -14,7 +15,7 @@ from typing import Any
 
 from mobiquant_jax.files import check_same, continues, read_json, save_json
 
-_KEY = ("method", "bits", "calibrated_bits", "seed", "settings", "text")
+PERPLEXITY_KEY = ("method", "bits", "calibrated_bits", "seed", "settings", "text")
 Row = dict[str, Any]
 
 
@@ -27,16 +28,18 @@ class Results:
         identity: what all rows have in common; its ``texts`` may grow.
         sessions: provenance of each process that added rows.
         rows: the table.
+        key: the columns that tell one row from another.
     """
 
     path: Path | None
     identity: dict[str, Any]
     sessions: list[dict[str, Any]]
     rows: list[Row] = field(default_factory=list)
+    key: tuple[str, ...] = PERPLEXITY_KEY
 
     def __contains__(self, row: Row) -> bool:
-        """Whether there is a row for the same model and text."""
-        return _key(row) in {_key(other) for other in self.rows}
+        """Whether there is a row of the same key: in a table of perplexities, for the same model and text."""
+        return self._key_of(row) in {self._key_of(other) for other in self.rows}
 
     def add(self, row: Row) -> None:
         """Adds a row and rewrites the file."""
@@ -45,9 +48,18 @@ class Results:
             content = {"identity": self.identity, "sessions": self.sessions, "rows": self.rows}
             save_json(self.path, content, indent=1)
 
+    def _key_of(self, row: Row) -> str:
+        return json.dumps([row[name] for name in self.key], sort_keys=True)
+
 
 def open_results(
-    path: str | Path | None, identity: dict[str, Any], session: dict[str, Any], *, resume: bool, overwrite: bool
+    path: str | Path | None,
+    identity: dict[str, Any],
+    session: dict[str, Any],
+    *,
+    resume: bool,
+    overwrite: bool,
+    key: tuple[str, ...] = PERPLEXITY_KEY,
 ) -> Results:
     """A new table, or one to be continued.
 
@@ -58,23 +70,28 @@ def open_results(
         session: provenance of this process.
         resume: continue the table that is there, if any.
         overwrite: replace the table that is there, if any, once the first row is complete.
+        key: the columns that tell one row from another.
 
     Raises:
-        ValueError: both flags; a file in the way without a flag; a file that is no such table, or one of another
-            identity, naming what differs.
+        ValueError: both flags; a file in the way without a flag; a file that is no such table, or one of other columns
+            or another identity, naming what differs.
     """
     identity = json.loads(json.dumps(identity))
     path = None if path is None else Path(path)
     if path is None or not continues(path, resume=resume, overwrite=overwrite):
-        return Results(path=path, identity=identity, sessions=[session])
+        return Results(path=path, identity=identity, sessions=[session], key=key)
     content = read_results(path)
+    for column in key:
+        if any(column not in row for row in content["rows"]):
+            raise ValueError(f"'{path}' holds another table: its rows have no '{column}'")
     old = content["identity"]
     for name in sorted((identity.keys() & old.keys()) - {"texts"}):
         check_same(path, name, old[name], identity[name])
     for text in old["texts"].keys() & identity["texts"].keys():
         check_same(path, f"text {text}", old["texts"][text], identity["texts"][text])
     identity = old | identity | {"texts": old["texts"] | identity["texts"]}
-    return Results(path=path, identity=identity, sessions=[*content["sessions"], session], rows=content["rows"])
+    sessions = [*content["sessions"], session]
+    return Results(path=path, identity=identity, sessions=sessions, rows=content["rows"], key=key)
 
 
 def read_results(path: str | Path) -> dict[str, Any]:
@@ -115,7 +132,3 @@ def best_settings(rows: list[Row], method: str, bits: int) -> tuple[dict[str, An
     if not tried:
         return None, 0
     return json.loads(min(tried, key=lambda settings: sum(tried[settings]) / len(tried[settings]))), len(tried)
-
-
-def _key(row: Row) -> str:
-    return json.dumps([row[name] for name in _KEY], sort_keys=True)

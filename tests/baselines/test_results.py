@@ -60,6 +60,16 @@ def test_a_table_is_neither_overwritten_nor_mixed_by_mistake(tmp_path):
     assert [r["seed"] for r in read_results(path)["rows"]] == [7]
 
 
+def test_a_table_of_other_columns_has_its_own_key_and_is_not_mixed_with_this_one(tmp_path):
+    path, key = tmp_path / "tasks.json", ("method", "task")
+    results = open_results(path, IDENTITY, {}, resume=False, overwrite=False, key=key)
+    results.add({"method": "qat", "task": "a", "accuracy": 0.5})
+    more = open_results(path, IDENTITY, {}, resume=True, overwrite=False, key=key)
+    assert {"method": "qat", "task": "a"} in more and {"method": "qat", "task": "b"} not in more
+    with pytest.raises(ValueError, match="tasks.json' holds another table: its rows have no 'bits'"):
+        opened(path, resume=True)
+
+
 @pytest.mark.parametrize(("content", "message"), [("{", "is not JSON"), ("[1]", "holds no table of baselines")])
 def test_other_files_are_refused(tmp_path, content: str, message: str):
     path = tmp_path / "other.json"

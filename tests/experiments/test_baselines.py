@@ -3,8 +3,16 @@
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import models
+
+from mobiquant_jax.evaluation import evaluate_perplexity
+from mobiquant_jax.io import load_dense, save_hf
+from mobiquant_jax.io.load import load_model
+from mobiquant_jax.io.tokenizer import Tokenizer
 
 # ml_collections loads config files in a way that Python means to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -110,6 +118,7 @@ def test_rows_are_written_resumed_and_reused_as_recipes(call_script, arguments: 
         ),
         (["--resume", "--overwrite"], "give one of --resume and --overwrite"),
         (["--config.quant.group_size=5"], "group size 5 does not divide the 64 input features"),
+        (["--save=README.md"], "--save: 'README.md' is no folder"),
         (["--config.calibration.windows=4000"], "windows of 64 tokens, not 4000"),
     ],
 )
@@ -129,3 +138,53 @@ def test_a_table_in_the_way_is_kept(call_script, arguments: list[str], tmp_path:
         result = call_script("baselines", *arguments, "--methods=rtn", *option)
         assert result.returncode == 2 and message in result.stderr
     assert path.read_text() == "precious"
+
+
+def test_saved_models_are_the_ones_that_were_scored(call_script, arguments: list[str], shared_data, tmp_path: Path):
+    config, params, _ = load_dense(shared_data / "stories260K")
+    tokenizer = Tokenizer(Backend(models.BPE(vocab={letter: i for i, letter in enumerate("abc")}, merges=[])))
+    save_hf(tmp_path / "source", config, params, tokenizer=tokenizer)
+    made = [*arguments, f"--config.model.source={tmp_path}/source", "--methods=rtn,omniquant", "--bits=2,3"]
+    made += ["--seeds=0,4", "--set=omniquant.epochs=1", f"--save={tmp_path}/models"]
+    first = call_script("baselines", *made, "--elsewhere")
+    assert first.returncode == 0, first.stderr
+    rows = read(tmp_path / "rows.json")
+    own = {}
+    for row in rows:
+        if row["bits"] == row["calibrated_bits"]:
+            parts = [row["method"], row["bits"], row["seed"]]
+            own["-".join(str(part) for part in parts if part is not None)] = row["perplexity"]
+    expected = {"unquantized", "rtn-2", "rtn-3"} | {f"omniquant-{bits}-{seed}" for bits in (2, 3) for seed in (0, 4)}
+    assert set(own) == expected == {folder.name for folder in (tmp_path / "models").iterdir()}
+    assert len(set(own.values())) == len(own)  # a model under another's name would show
+    windows = np.load(tmp_path / "valid.npy")
+    for name, perplexity in own.items():
+        model = load_model(tmp_path / "models" / name)
+        assert model.tokenizer.encode("cab").tolist() == [2, 0, 1]
+        assert {leaf.dtype for leaf in jax.tree.leaves(model.variables)} == {np.dtype(np.float32)}
+        assert evaluate_perplexity(model, windows, None, batch_size=4).perplexity == pytest.approx(perplexity, rel=1e-6)
+
+    # What is there is left alone; a folder that is missing is filled again and adds no row.
+    weights = tmp_path / "models" / "rtn-3" / "model.safetensors"
+    before, lost = weights.stat().st_mtime_ns, tmp_path / "models" / "rtn-2"
+    bytes_lost = (lost / "model.safetensors").read_bytes()
+    lost.rename(tmp_path / "lost")
+    again = call_script("baselines", *made, "--elsewhere", "--resume")
+    assert (again.returncode, again.stdout) == (0, ""), again.stderr
+    assert (lost / "model.safetensors").read_bytes() == bytes_lost
+    assert weights.stat().st_mtime_ns == before and read(tmp_path / "rows.json") == rows
+
+
+def test_a_folder_in_the_way_is_named_before_any_work(call_script, arguments: list[str], tmp_path: Path):
+    folder = tmp_path / "models" / "rtn-3"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    made = [*arguments, "--methods=rtn", "--bits=2,3", f"--save={tmp_path}/models"]
+    for option in ([], ["--resume"]):  # it has no rows: whose it is, nobody knows
+        result = call_script("baselines", *made, *option)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert result.stderr.startswith(f"error: --save: '{folder}' is in the way") and result.stderr.count("\n") == 1
+    assert not (tmp_path / "rows.json").exists() and len(list((tmp_path / "models").iterdir())) == 1
+    several = [*arguments, "--methods=qat", "--bits=2", "--set=qat.epochs=1,2", f"--save={tmp_path}/models"]
+    result = call_script("baselines", *several)
+    assert result.returncode == 2 and f"two models would be written to '{tmp_path}/models/qat-2-0'" in result.stderr

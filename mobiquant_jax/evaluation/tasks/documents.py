@@ -1,6 +1,9 @@
 """The local multiple-choice tasks: their definitions, and their documents, JSON lines in a folder the user names."""
 
+import hashlib
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +47,36 @@ def load_documents(*, file: str, task_data: str | None = None, **_: Any) -> dict
     if not lines:
         raise ValueError(f"{path} is empty")
     return {"test": datasets.Dataset.from_list([_document(line, f"{path}:{i}") for i, line in enumerate(lines, 1)])}
+
+
+def check_documents(tasks: Sequence[str], folder: str | Path) -> dict[str, str]:
+    """Reads the documents of local tasks, and says which they are.
+
+    Args:
+        tasks: names from `LOCAL_TASKS`.
+        folder: holds their files.
+
+    Returns:
+        SHA-256 of each task's file.
+
+    Raises:
+        ValueError: an unknown task, or a broken file.
+        FileNotFoundError: the folder lacks a task's file.
+    """
+    digests = {}
+    for task in tasks:
+        check_task(task)
+        found = re.search(r"^  file: (\S+)$", (DEFINITIONS / f"{task}.yaml").read_text(encoding="utf-8"), re.MULTILINE)
+        assert found is not None, "every local task names its file"
+        load_documents(file=found[1], task_data=str(folder))
+        digests[task] = hashlib.sha256((Path(folder).expanduser() / found[1]).read_bytes()).hexdigest()
+    return digests
+
+
+def check_task(task: str) -> None:
+    """Raises ValueError unless a task is one of `LOCAL_TASKS`."""
+    if task not in LOCAL_TASKS:
+        raise ValueError(f"unknown task '{task}': the local tasks are {', '.join(LOCAL_TASKS)}")
 
 
 def _document(line: str, place: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
 from mobiquant_jax.evaluation.perplexity import check_bits
-from mobiquant_jax.evaluation.tasks.documents import DEFINITIONS, LOCAL_TASKS
+from mobiquant_jax.evaluation.tasks.documents import DEFINITIONS, LOCAL_TASKS, check_task
 from mobiquant_jax.evaluation.tasks.language_model import NAME, MobiquantLM
 from mobiquant_jax.evaluation.tasks.scoring import ContinuationStep, continuation_step
 from mobiquant_jax.models.elastic import ElasticModel
@@ -75,8 +75,7 @@ def evaluate_tasks(
         FileNotFoundError: the folder lacks a task's file.
     """
     for task in tasks:
-        if task not in LOCAL_TASKS:
-            raise ValueError(f"unknown task '{task}': the local tasks are {', '.join(LOCAL_TASKS)}")
+        check_task(task)
     if limit is not None and limit < 1:
         raise ValueError(f"the limit must be at least 1 document, got {limit}")
     bits_list = [None if bits is None else check_bits(bits) for bits in bits_list]

@@ -41,6 +41,7 @@ def get_config() -> ConfigDict:
     config.calibration.fine_lr = 0.01
     config.calibration.fit_epochs = 2
     config.calibration.fit_batch_size = 1
+    config.calibration.slice_windows = 8
     config.calibration.threshold_windows = 16
     config.evaluation.windows = 32
     config.evaluation.window_length = 2048

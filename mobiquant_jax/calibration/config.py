@@ -53,6 +53,8 @@ class CalibrationConfig:
             Needs memory for the whole packed model, and for the logits and activations of ``fit_batch_size`` windows.
         fit_batch_size: windows a step of it.
         fit_lr: peak learning rate of the routers in it.
+        slice_windows: windows on which it is measured what whole slices gain, to correct the routers by; a multiple of
+            ``fit_batch_size``, 0 for no correction. See `slice_gains`.
         temperature: of the gates' surrogate gradient (recipe "paper").
         dtype: type of the matmuls in training, ``"float32"`` or ``"bfloat16"``; parameters and errors are float32.
         streams: where the activations of all windows are kept: ``"device"``, split over the devices' memory, or
@@ -93,6 +95,7 @@ class CalibrationConfig:
     fit_epochs: int = 2
     fit_batch_size: int = 1
     fit_lr: float = 3e-3
+    slice_windows: int = 0
     temperature: float = 1.0
     dtype: str = "float32"
     streams: str = "device"
@@ -133,6 +136,8 @@ class CalibrationConfig:
             raise ValueError(f"calibration.fine_above={self.fine_above}: the recipe 'paper' trains all slices together")
         if self.recipe == "paper" and self.scale_width:
             raise ValueError(f"calibration.scale_width={self.scale_width}: the recipe 'paper' scales no channels")
+        if self.recipe == "paper" and self.slice_windows:
+            raise ValueError(f"calibration.slice_windows={self.slice_windows}: the recipe 'paper' corrects no routers")
         if self.scale_width not in (0, *range(2, CODE_BITS + 1)):
             raise ValueError(
                 f"calibration.scale_width={self.scale_width} is neither 0 nor a width from 2 to {CODE_BITS}"
@@ -150,11 +155,20 @@ class CalibrationConfig:
                 raise ValueError(f"calibration.{name}={getattr(self, name)} must be finite and not negative")
         if self.fit_batch_size < 1:
             raise ValueError(f"calibration.fit_batch_size={self.fit_batch_size} must be at least 1")
+        if self.slice_windows % self.fit_batch_size or not 0 <= self.slice_windows:
+            raise ValueError(
+                f"calibration.slice_windows={self.slice_windows} is no multiple of fit_batch_size={self.fit_batch_size}"
+            )
         fitted = self.fit_batch_size if self.recipe == "elastic" else 0  # windows that fitting the routers needs
         if not 1 <= self.threshold_windows <= self.windows - fitted:
             beside = f", beside fit_batch_size={fitted} of windows={self.windows}" if fitted else ""
             raise ValueError(
                 f"calibration.threshold_windows={self.threshold_windows} is outside 1..{self.windows - fitted}{beside}"
+            )
+        if self.slice_windows > self.windows - self.threshold_windows:
+            raise ValueError(
+                f"calibration.slice_windows={self.slice_windows}: routers are fitted to"
+                f" {self.windows - self.threshold_windows} windows only"
             )
 
     def check_slices(self, slice_bits: tuple[int, ...]) -> None:

@@ -342,8 +342,11 @@ class Calibrator:
             self.observer.on_fitted(done, cal.fit_epochs, record["healthy"], seconds)
 
         stage = self._stage(ROUTER, cal.fit_epochs, trainer.abstract_state)
-        state = stage.run_all(lambda: trainer.start(model.variables), epoch, report)
-        return with_routers(model.variables, state.routers)
+        routers = stage.run_all(lambda: trainer.start(model.variables), epoch, report).routers
+        if cal.slice_windows:
+            routers, measured = trainer.correct(routers, model.variables)
+            self.run.log({"slices": len(measured["divergences"]), **measured})
+        return with_routers(model.variables, routers)
 
     def _generated(self, params: Params, windows: Int[np.ndarray, "W T"]) -> Int[np.ndarray, "G T"]:
         """The windows that the unquantized model wrote: those of the run's folder, so that it resumes with the same."""

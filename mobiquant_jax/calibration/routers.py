@@ -20,6 +20,7 @@ from mobiquant_jax.calibration.config import CalibrationConfig
 from mobiquant_jax.calibration.gains import GainLinear
 from mobiquant_jax.calibration.optimizer import FINAL_RATE, guarded_update
 from mobiquant_jax.calibration.samples import spread_budgets
+from mobiquant_jax.calibration.slice_gains import add_offsets, measure_slices, slice_offsets
 from mobiquant_jax.models import Llama
 from mobiquant_jax.models.elastic import ElasticModel, Variables
 from mobiquant_jax.routing import RandomDepth, Router
@@ -132,6 +133,18 @@ class RouterTrainer:
             state, healthy = self._epoch(state, variables, plan)
         return state, bool(healthy)
 
+    def correct(self, routers: Routers, variables: Variables) -> tuple[Routers, dict[str, list[float]]]:
+        """The routers, their scores corrected by what whole slices gain on a few windows; see `slice_gains`.
+
+        Returns:
+            The routers, and for the log what was measured and the offsets of slices 2..E.
+        """
+        cal = self.calibration
+        batches = self.windows[: cal.slice_windows].reshape(-1, cal.fit_batch_size, self.windows.shape[1])
+        tokens = place(batches, self.placement.batched(batches.shape, dim=1))
+        routers, measured = self._correct(routers, variables, tokens)
+        return routers, {name: np.asarray(jax.device_get(value)).tolist() for name, value in measured.items()}
+
     @property
     def abstract_epoch(self) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
         """The program of an epoch and its arguments as shapes, types and shardings; a model of shapes will do."""
@@ -210,7 +223,7 @@ class RouterTrainer:
         """
 
         def center(router: Router, gradient: Router) -> Router:
-            mean = jnp.maximum(1 - gradient.output_bias, 1e-6)  # gains are not negative, but sums of them round
+            mean = jnp.maximum(1 - gradient.output_bias, 1e-6)  # a slice may gain nothing
             return dataclasses.replace(router, output_bias=router.output_bias + jnp.log(mean))
 
         def begin(routers: Routers, gradients: Routers) -> RouterState:
@@ -218,6 +231,19 @@ class RouterTrainer:
             return RouterState(routers=routers, optimizer=self._optimizer.init(routers))
 
         return jax.jit(begin, out_shardings=self._state_shardings)
+
+    @cached_property
+    def _correct(self) -> Callable[..., tuple[Routers, dict[str, Array]]]:
+        """Jitted: `correct`, given tokens on the devices."""
+        model = dataclasses.replace(self.model, dtype=jnp.float32)
+
+        def correct(routers: Routers, variables: Variables, batches: Array) -> tuple[Routers, dict[str, Array]]:
+            divergences, expected = measure_slices(model, with_routers(variables, routers), batches)
+            offsets = slice_offsets(divergences, expected)
+            measured = {"divergences": divergences, "expected": expected, "offsets": offsets}
+            return add_offsets(routers, offsets), measured
+
+        return jax.jit(correct, out_shardings=(self._state_shardings.routers, self.placement.replicated))
 
     @cached_property
     def _epoch(self) -> jax.stages.Wrapped:

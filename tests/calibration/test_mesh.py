@@ -41,6 +41,7 @@ SECTIONS = {
         end_batch_size=4,
         fit_epochs=1,
         fit_batch_size=4,
+        slice_windows=4,
         threshold_windows=4,
     ),
 }
@@ -154,7 +155,9 @@ def test_the_finer_slices_start_alike_on_eight_devices(mesh_model, elastic):
 def test_a_block_of_the_paper_trains_alike_on_eight_devices(mesh_model, elastic):
     """Its routers too, which the other recipe leaves alone until all blocks are done."""
     config, params, tokens = mesh_model
-    changes = dict(recipe="paper", scale_width=0, epochs=1, joint_epochs=1, router_lr=2e-4, end_epochs=0)
+    changes = dict(
+        recipe="paper", scale_width=0, slice_windows=0, epochs=1, joint_epochs=1, router_lr=2e-4, end_epochs=0
+    )
     calibration = CalibrationConfig(**(SECTIONS["calibration"] | changes))
     windows = tokens[: 8 * 16].reshape(8, 16)
     found = []

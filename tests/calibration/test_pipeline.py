@@ -22,6 +22,7 @@ from mobiquant_jax.calibration.fine_slices import FineTuner
 from mobiquant_jax.calibration.linears import trainable
 from mobiquant_jax.calibration.routers import RouterState, RouterTrainer, routers_of
 from mobiquant_jax.calibration.run_dir import FINE, TUNING
+from mobiquant_jax.calibration.slice_gains import add_offsets
 from mobiquant_jax.io.checkpoint import abstract_variables
 from mobiquant_jax.models import Block
 from mobiquant_jax.models.elastic import ElasticLinear
@@ -409,6 +410,25 @@ def test_finer_slices_of_scaled_channels_start_from_the_scaled_weights(calibrato
     unscaled = np.asarray(params["layers"]["mlp"]["down_proj"]["kernel"])
     near, other = (np.mean(np.abs(read - np.asarray(kernel)) < step) for kernel in (original, unscaled))
     assert near > 0.6 > 2 * other  # where the bins allow it: within a step of the 8-bit code
+
+
+def test_fitted_routers_are_corrected_by_whole_slices(calibrator, trained, recorded, params, windows, monkeypatch):
+    """After the last epoch, once, where the recipe names windows for it; what was measured is logged."""
+    measured = {"divergences": [0.5, 0.0], "expected": [1.0], "offsets": [-2.0]}
+
+    def correct(trainer, routers, variables):
+        return add_offsets(routers, -2.0), measured
+
+    monkeypatch.setattr(RouterTrainer, "correct", correct)
+    plain, corrected = (calibrator(name, Recorder(), slice_windows=count) for name, count in (("a", 0), ("b", 2)))
+    biases = [
+        np.asarray(run.calibrate(params, windows)["params"]["layers"]["mlp"]["up_proj"]["router"].output_bias)
+        for run in (plain, corrected)
+    ]
+    np.testing.assert_allclose(biases[1] - biases[0], np.full_like(biases[0], -2.0), atol=1e-4)
+    lines = [json.loads(line) for line in (corrected.run.path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1].items() >= measured.items() and lines[-1]["slices"] == 2
+    assert "offsets" not in (plain.run.path / "metrics.jsonl").read_text()
 
 
 def test_activations_that_are_not_finite_are_named_and_leave_no_scales(calibrator, trained, params, windows):

@@ -40,7 +40,7 @@ class CalibrationConfig:
         end_weight_lr: peak learning rate of the weights in it; 0 freezes them.
         end_clipping_lr: of the clipping logits.
         end_generated_windows: windows that the unquantized model writes itself to learn from; 0 for none.
-        end_generated_share: share of them in each epoch's windows, and in those on which thresholds are recorded.
+        end_generated_share: share of them in each epoch's windows.
         fine_above: bits of a code that end-to-end tuning trains, at budgets of up to so many only; then the slices
             beyond start from the unquantized weights; see `fine_slices`. With 8 all slices are trained together.
         fine_epochs: epochs of tuning those finer slices alone. Batches, windows and saves are those of the fields
@@ -61,8 +61,8 @@ class CalibrationConfig:
             ``"host"``, whole in each process's, from where a batch at a time goes to the devices. The steps are the
             same; compiled one by one, they may round differently.
         penalty: lambda of the recipe "paper", ``lambda (B - B*(t))^2``.
-        threshold_windows: windows on which thresholds are recorded. As many calibration windows are kept from fitting
-            the routers, so that the bits they use hold for text they were not fitted to.
+        threshold_windows: calibration windows on which thresholds are recorded; routers are fitted to the others, so
+            that the bits they use hold for text they were not fitted to.
         threshold_scope: ``"global"``, one threshold for all linears, so that bits go where they gain most;
             ``"linear"``, every linear meets the budget by itself.
         seed: of routers and shuffling.

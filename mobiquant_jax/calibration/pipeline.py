@@ -378,10 +378,6 @@ class Calibrator:
         cal = self.calibration
         shuffled = np.random.default_rng(cal.seed).permutation(windows)
         recorded, others = np.split(shuffled, [cal.threshold_windows])
-        # A threshold gives other bits on other text, so it is recorded on all that tuning learned from. The calibration
-        # windows that written ones replace are kept from the routers all the same: they fit to as many either way.
-        written = self._generated(params, windows)[: round(cal.end_generated_share * len(recorded))]
-        recorded = np.concatenate([written, recorded[len(written) :]])
         if cal.recipe == "elastic":
             model = dataclasses.replace(model, variables=self._fit_routers(model, others))
         return record_thresholds(model, recorded, cal.threshold_scope, self.observer.on_budget)

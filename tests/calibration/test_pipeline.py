@@ -342,30 +342,6 @@ def test_thresholds_are_recorded_on_windows_that_routers_were_not_fitted_to(
     assert sorted(parts[0] + parts[1]) == sorted(row.tobytes() for row in windows)  # each in one of the two
 
 
-@pytest.mark.parametrize(("share", "texts", "expected"), [(0.67, 9, 3), (0.67, 2, 2), (0.0, 9, 0), (1.0, 9, 4)])
-def test_thresholds_are_recorded_on_written_windows_too(
-    calibrator, trained, recorded, params, windows, monkeypatch, share, texts, expected
-):
-    """In the share that they have in tuning, as far as there are so many."""
-    monkeypatch.setattr(Distiller, "epoch", lambda self, state, dense, index: (state, 0.5, True))
-    written = np.full((texts, 16), 60, np.int32)
-    monkeypatch.setattr(pipeline, "write_windows", lambda *_, **__: written)
-    fitted = []
-
-    def start(trainer, variables):
-        fitted.append(trainer.windows)
-        return start_routers(trainer, variables)
-
-    monkeypatch.setattr(RouterTrainer, "start", start)
-    many = np.concatenate([windows, windows[::-1] // 2])
-    changes = dict(windows=8, end_epochs=1, end_generated_windows=texts, end_generated_share=share, threshold_windows=4)
-    calibrator("run", Recorder(), **changes).calibrate(params, many)
-    of_model = (recorded[0] == 60).all(axis=1)
-    assert recorded[0].shape == (4, 16) and of_model.sum() == expected
-    of_text, of_fitting, all_ = ({row.tobytes() for row in part} for part in (recorded[0][~of_model], fitted[0], many))
-    assert of_text <= all_ - of_fitting and len(of_text) == 4 - expected and len(of_fitting) == 4
-
-
 def test_channels_are_scaled_before_blocks_train_and_a_run_continues_with_the_same_scales(
     calibrator, trained, recorded, params, windows
 ):

@@ -33,9 +33,9 @@ def get_config() -> ConfigDict:
     config.calibration.dtype = "bfloat16"
     config.calibration.scale_width = 3
     config.calibration.epochs = 2
-    config.calibration.end_epochs = 60
+    config.calibration.end_epochs = 90
     config.calibration.end_batch_size = 2
-    config.calibration.end_weight_lr = 1.5e-4
+    config.calibration.end_weight_lr = 1e-4
     config.calibration.end_generated_windows = 1024
     config.calibration.fine_epochs = 12
     config.calibration.fine_lr = 0.01

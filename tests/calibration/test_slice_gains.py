@@ -19,31 +19,28 @@ def model(random_elastic):
 
 def test_against_divergences_and_expectations_computed_one_by_one(model):
     """Float64 from the logits and the scores on."""
-    slice_bits = model.elastic.slice_bits
+    slice_bits, shapes = model.elastic.slice_bits, model.config.linear_shapes()
     batches = np.random.default_rng().integers(0, 61, (2, 3, 9)).astype(np.int32)
     divergences, expected = jax.jit(lambda v, b: measure_slices(model, v, b))(model.variables, batches)
 
-    def log_probabilities(depth):
+    @jax.jit
+    def run(depth):
         policy = UniformDepth(depth=jnp.full(6, depth))
-        logits, _ = model.forward_with(model.variables, jnp.asarray(batches.reshape(6, 9)), policy)
-        logits = np.asarray(logits, np.float64)
-        return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+        return model.module.apply(model.variables, batches.reshape(6, 9), policy, mutable=["stats", "scores"])
 
-    full = log_probabilities(len(slice_bits))
-    for depth, found in enumerate(divergences, 1):
-        away = np.mean(np.sum(np.exp(full) * (full - log_probabilities(depth)), axis=-1))
-        assert found == pytest.approx(away, rel=1e-3, abs=1e-6)
+    logits, states = zip(*(run(depth) for depth in range(1, len(slice_bits) + 1)), strict=True)
+    logits = np.asarray(logits, np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    away = np.mean(np.sum(np.exp(log_p[-1]) * (log_p[-1] - log_p), axis=-1), axis=(1, 2))
+    np.testing.assert_allclose(divergences, away, rtol=1e-3, atol=1e-6)
 
-    shapes = model.config.linear_shapes()
     mean_size = np.mean([rows * columns for rows, columns in shapes.values()])
     by_hand = np.zeros(len(slice_bits) - 1)
-    for depth, bits in enumerate(slice_bits[1:], 1):  # a slice's scores at the depth before it
-        policy = UniformDepth(depth=jnp.full(6, depth))
-        _, state = model.module.apply(model.variables, batches.reshape(6, 9), policy, mutable=["stats", "scores"])
+    for index, bits in enumerate(slice_bits[1:]):  # a slice's scores at the depth before it
         for path, (rows, columns) in shapes.items():
             part, name = path.split("/")
-            scores = np.asarray(state["scores"]["layers"][part][name]["scores"][0], np.float64)[..., depth - 1]
-            by_hand[depth - 1] += bits * rows * columns / mean_size * np.exp(scores).mean(axis=(1, 2)).sum()
+            scores = np.asarray(states[index]["scores"]["layers"][part][name]["scores"][0], np.float64)[..., index]
+            by_hand[index] += bits * rows * columns / mean_size * np.exp(scores).mean(axis=(1, 2)).sum()
     np.testing.assert_allclose(expected, by_hand, rtol=1e-4)
 
 
@@ -67,7 +64,8 @@ def test_corrected_routers_differ_by_the_same_offsets_everywhere(model, recipe):
     trainer = RouterTrainer(model=model, calibration=calibration, windows=windows)
     before = routers_of(model.variables)
     after, measured = trainer.correct(before, model.variables)
-    divergences, expected = measure_slices(model, model.variables, jnp.asarray(windows[:4].reshape(2, 2, 8)))
+    measure = jax.jit(lambda variables, batches: measure_slices(model, variables, batches))
+    divergences, expected = measure(model.variables, windows[:4].reshape(2, 2, 8))
     np.testing.assert_allclose(measured["divergences"], divergences, rtol=1e-4, atol=1e-7)
     np.testing.assert_allclose(measured["offsets"], slice_offsets(divergences, expected), rtol=1e-3, atol=1e-3)
     assert min(measured["offsets"]) < -0.01, "there is something to correct"

@@ -4,7 +4,8 @@
 
 Needs: the model of smollm2_135m.py, 16 GB of GPU memory, 8 GB of host memory, and two text files: one to calibrate on,
 one to score.
-Expect: one elastic checkpoint in ``runs/smollm2_135m_quality``; about ten minutes on an H100.
+Expect: one elastic checkpoint in ``runs/smollm2_135m_quality``; about ten minutes on an H100
+(not measured with these settings).
 
 Channels are scaled first. Only widths of up to 4 bits are trained end to end, two thirds on text that the model writes
 itself; the finer slices start from the unquantized weights and are tuned alone (`calibration/fine_slices.py`).

@@ -10,7 +10,6 @@ its BITS and SEED are what its rows say. All is checked before the first model i
 exists, --resume adds the rows it lacks. Needs lm_eval: pip install 'mobiquant_jax[eval]'.
 """
 
-import contextlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from mobiquant_jax.files import check_same
 from mobiquant_jax.io import open_dense, resolve
 from mobiquant_jax.io.checkpoint import is_checkpoint
 from mobiquant_jax.io.load import load_model
+from mobiquant_jax.io.tokenizer import has_tokenizer
 from mobiquant_jax.models.elastic import DENSE_BITS, ElasticModel
 from mobiquant_jax.provenance import fingerprint, provenance
 
@@ -119,6 +119,7 @@ def _score(source: Source, tasks: list[str], folder: Path, results: Results, ste
     }
     lacking = {bits: some for bits, some in wanted.items() if some}
     if not lacking:
+        print(f"{_label(source.method, source.seed)}: all rows are there, the model was not read")
         return
     model = load_model(source.path)
     origin = fingerprint(model.variables)
@@ -139,7 +140,7 @@ def _score(source: Source, tasks: list[str], folder: Path, results: Results, ste
             results.add(row)
             print(_line(row), flush=True)
 
-        with _precision(source):
+        with jax.default_matmul_precision("highest"):  # as perplexity is scored and thresholds are recorded
             evaluate_tasks(
                 model,
                 [bits if source.elastic else None],
@@ -150,11 +151,6 @@ def _score(source: Source, tasks: list[str], folder: Path, results: Results, ste
                 step=steps.step_of(model),
                 progress=add,
             )
-
-
-def _precision(source: Source) -> contextlib.AbstractContextManager[Any]:
-    """Dense models in float32 throughout, on accelerators too, as baselines.py scores them."""
-    return contextlib.nullcontext() if source.elastic else jax.default_matmul_precision("highest")
 
 
 def _check_origin(source: Source, origin: str, results: Results) -> None:
@@ -200,11 +196,10 @@ def _read_source(option: str) -> Source:
         if BITS.value is None:
             raise ValueError(f"--model={option}: an elastic checkpoint needs average bits, such as --bits=2,3,4")
         bits = tuple(dict.fromkeys(parse_bits(BITS.value)))
-    else:
-        if width is not None:
-            check_bits(width)
-        if open_dense(path)[2] is None:
-            raise ValueError(f"--model={option}: the model has no tokenizer")
+    elif width is not None:
+        check_bits(width)
+    if not (has_tokenizer(path) if elastic else open_dense(path)[2]):
+        raise ValueError(f"--model={option}: the model has no tokenizer")
     return Source(method=method, seed=seed, path=path, elastic=elastic, bits=bits)
 
 

@@ -80,10 +80,7 @@ def open_results(
     path = None if path is None else Path(path)
     if path is None or not continues(path, resume=resume, overwrite=overwrite):
         return Results(path=path, identity=identity, sessions=[session], key=key)
-    content = read_results(path)
-    for column in key:
-        if any(column not in row for row in content["rows"]):
-            raise ValueError(f"'{path}' holds another table: its rows have no '{column}'")
+    content = read_results(path, key)
     old = content["identity"]
     for name in sorted((identity.keys() & old.keys()) - {"texts"}):
         check_same(path, name, old[name], identity[name])
@@ -94,8 +91,8 @@ def open_results(
     return Results(path=path, identity=identity, sessions=sessions, rows=content["rows"], key=key)
 
 
-def read_results(path: str | Path) -> dict[str, Any]:
-    """The content of a table's file.
+def read_results(path: str | Path, key: tuple[str, ...] = PERPLEXITY_KEY) -> dict[str, Any]:
+    """The content of a table's file, whose rows have the columns of ``key``.
 
     Raises:
         FileNotFoundError: there is none.
@@ -105,7 +102,10 @@ def read_results(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no results '{path}'")
     content = read_json(path)
     if not isinstance(content, dict) or not content.keys() >= {"identity", "sessions", "rows"}:
-        raise ValueError(f"'{path}' holds no table of baselines")
+        raise ValueError(f"'{path}' holds no table of results")
+    for column in key:
+        if any(column not in row for row in content["rows"]):
+            raise ValueError(f"'{path}' holds another table: its rows have no '{column}'")
     return content
 
 

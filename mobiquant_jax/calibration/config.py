@@ -155,7 +155,7 @@ class CalibrationConfig:
                 raise ValueError(f"calibration.{name}={getattr(self, name)} must be finite and not negative")
         if self.fit_batch_size < 1:
             raise ValueError(f"calibration.fit_batch_size={self.fit_batch_size} must be at least 1")
-        if self.slice_windows % self.fit_batch_size or not 0 <= self.slice_windows:
+        if self.slice_windows % self.fit_batch_size:
             raise ValueError(
                 f"calibration.slice_windows={self.slice_windows} is no multiple of fit_batch_size={self.fit_batch_size}"
             )
@@ -262,6 +262,7 @@ def stages(config: CalibrationConfig) -> tuple[Stage, ...]:
 
 
 _NOT_NEGATIVE = (
+    "slice_windows",
     "joint_epochs",
     "end_save_seconds",
     "weight_lr",

@@ -5,20 +5,17 @@ An error e in a linear's output at one token adds to the expected loss, to secon
     E[loss(y + e)] - loss(y) = 1/2 E[(g . e)^2]
 
 with g the gradient at y of a loss whose labels are drawn from the model itself: E[g g^T] is the Fisher information.
-With the first e slices the error is ``x (W_E - W_e)``, the sum of what the slices after them, ``R_j = W_j - W_{j-1}``,
-would add. Slice e costs b_e bits for each of the linear's weights, so what a token gains for the price is
+Slice e of the weights, ``R_e = W_e - W_{e-1}``, takes away an error ``x R_e``, which costs b_e bits for each of the
+linear's weights. So what a token gains for the price is
 
-    left_e = (g . sum_{j > e} x R_j)^2        gain_e = (left_{e-1} - left_e) / (2 b_e size)
-
-Of slices whose errors are independent that is ``(g . x R_e)^2`` on average; those of weights that were tuned at every
-width undo part of one another's errors, and a token's gain can be negative.
+    gain_e = (g . x R_e)^2 / (2 b_e size)
 
 and the expected loss is least, at equal average bits, where all slices are read whose expected gain exceeds one price
 for all tokens of all linears: a global threshold (Lagrange multiplier) on the logarithm of the expected gain.
 
-That takes errors of different tokens and linears for independent, gains for falling from slice to slice, and the model
-at the depths of a step for the one whose loss counts. Where attention averages the errors of many tokens the first does
-not hold: the gain of ``v_proj`` comes out too low. `slice_gains` corrects what is off for whole slices.
+That takes errors of different tokens, linears and slices for independent, gains for falling from slice to slice, and
+the model at the depths of a step for the one whose loss counts. Where attention averages the errors of many tokens the
+first does not hold: the gain of ``v_proj`` comes out too low.
 """
 
 from collections.abc import Callable
@@ -107,8 +104,7 @@ def _backward(
     del matmul
     x, weight, masks, scores = saved
     to_x, removed = pull(g, x, weight, masks)
-    left = jax.lax.cumsum(removed, axis=removed.ndim - 1, reverse=True) ** 2  # at depth 1, ..., E-1
-    gains = -jnp.diff(left, axis=-1, append=0.0) / (2 * jnp.asarray(prices))
+    gains = removed**2 / (2 * jnp.asarray(prices))
     return to_x.astype(x.dtype), None, None, 1 - gains * jnp.exp(-scores)
 
 

@@ -138,12 +138,20 @@ class RouterTrainer:
 
         Returns:
             The routers, and for the log what was measured and the offsets of slices 2..E.
+
+        Raises:
+            ValueError: the offsets are not finite, as those of a model whose activations are not.
         """
         cal = self.calibration
         batches = self.windows[: cal.slice_windows].reshape(-1, cal.fit_batch_size, self.windows.shape[1])
         tokens = place(batches, self.placement.batched(batches.shape, dim=1))
         routers, measured = self._correct(routers, variables, tokens)
-        return routers, {name: np.asarray(jax.device_get(value)).tolist() for name, value in measured.items()}
+        found = {name: np.asarray(value) for name, value in jax.device_get(measured).items()}
+        if not all(np.isfinite(values).all() for values in found.values()):
+            raise ValueError(
+                f"what whole slices gain is not finite: {found['divergences']} and {found['expected']} nats"
+            )
+        return routers, {name: values.tolist() for name, values in found.items()}
 
     @property
     def abstract_epoch(self) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
@@ -223,7 +231,7 @@ class RouterTrainer:
         """
 
         def center(router: Router, gradient: Router) -> Router:
-            mean = jnp.maximum(1 - gradient.output_bias, 1e-6)  # a slice may gain nothing
+            mean = jnp.maximum(1 - gradient.output_bias, 1e-6)  # gains are not negative, but sums of them round
             return dataclasses.replace(router, output_bias=router.output_bias + jnp.log(mean))
 
         def begin(routers: Routers, gradients: Routers) -> RouterState:

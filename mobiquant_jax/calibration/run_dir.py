@@ -10,7 +10,8 @@ blocks/NNN/    each finished block, until the checkpoint is complete
 tuning/NNN/    the last saved state of end-to-end tuning, until then too
 fine/NNN/      that of tuning the finer slices
 router/NNN/    that of fitting the routers
-metrics.jsonl  a line a block, then one an epoch of the stages after them, with process 0's peak memory so far
+metrics.jsonl  a line a block, then one an epoch of the stages after them, and what whole slices gain, if measured;
+               each with process 0's peak memory so far
 events/        the same for TensorBoard, where it was asked for
 profile/       the trace of a block, where one was asked for
 checkpoint/    the elastic checkpoint

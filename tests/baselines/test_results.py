@@ -70,12 +70,15 @@ def test_a_table_of_other_columns_has_its_own_key_and_is_not_mixed_with_this_one
         opened(path, resume=True)
 
 
-@pytest.mark.parametrize(("content", "message"), [("{", "is not JSON"), ("[1]", "holds no table of baselines")])
+@pytest.mark.parametrize(("content", "message"), [("{", "is not JSON"), ("[1]", "holds no table of results")])
 def test_other_files_are_refused(tmp_path, content: str, message: str):
     path = tmp_path / "other.json"
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
         opened(path, resume=True)
+    path.write_text('{"identity": {}, "sessions": [], "rows": [{"method": "qat", "task": "arc"}]}')
+    with pytest.raises(ValueError, match="holds another table: its rows have no 'bits'"):
+        read_results(path)
     with pytest.raises(FileNotFoundError, match="no results"):
         read_results(tmp_path / "none.json")
 

@@ -39,7 +39,7 @@ from mobiquant_jax.calibration.config import Stage, stages
         (dict(fine_above=9), "calibration.fine_above=9 exceeds the 8 bits of a code"),
         (dict(scale_width=1), "calibration.scale_width=1 is neither 0 nor a width from 2 to 8"),
         (dict(fit_batch_size=2, slice_windows=3), "calibration.slice_windows=3 is no multiple of fit_batch_size=2"),
-        (dict(slice_windows=-1), "calibration.slice_windows=-1 is no multiple of fit_batch_size=1"),
+        (dict(slice_windows=-1), "calibration.slice_windows=-1 must be finite and not negative"),
         (dict(slice_windows=113), "calibration.slice_windows=113: routers are fitted to 112 windows only"),
         (dict(recipe="paper", slice_windows=2), "calibration.slice_windows=2: the recipe 'paper' corrects no routers"),
         (dict(recipe="paper", scale_width=3), "calibration.scale_width=3: the recipe 'paper' scales no channels"),

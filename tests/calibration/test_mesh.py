@@ -97,18 +97,21 @@ def on_one(calibrate):
 
 
 def metrics(run):
-    """The losses in order, and the bits that were used."""
+    """The losses in order, the bits that were used, and what whole slices gain."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [row[name] for row in rows for name in ("before", "after", "divergence") if name in row]
-    return losses, [row["bits"] for row in rows if "bits" in row]
+    slices = [row["divergences"] + row["expected"] for row in rows if "slices" in row]
+    return losses, [row["bits"] for row in rows if "bits" in row], slices
 
 
 def assert_alike(run, variables, wanted_run, wanted):
     """Losses and checkpoint within 1e-5 of each other, depths and codes the same."""
-    (losses, bits), (wanted_losses, wanted_bits) = metrics(run), metrics(wanted_run)
+    (losses, bits, slices), (wanted_losses, wanted_bits, wanted_slices) = metrics(run), metrics(wanted_run)
     assert len(losses) == 2 * 2 + 1
     np.testing.assert_allclose(losses, wanted_losses, rtol=1e-5)
     np.testing.assert_array_equal(bits, wanted_bits)
+    assert len(slices) == 1
+    np.testing.assert_allclose(slices, wanted_slices, rtol=1e-4, atol=1e-6)
     for (path, leaf), other in zip(
         jax.tree_util.tree_leaves_with_path(wanted), jax.tree.leaves(variables), strict=True
     ):

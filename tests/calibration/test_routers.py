@@ -49,8 +49,8 @@ def test_the_backward_pass_against_float64(rng):
     chosen = reads[depth - 1]  # [2, 5, in, out]
     np.testing.assert_allclose(y, np.einsum("bti,btio->bto", x, chosen), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(to_x, np.einsum("bto,btio->bti", g, chosen), rtol=1e-4, atol=1e-4)
-    left = np.einsum("bti,eio,bto->bte", x, reads[-1] - reads, g) ** 2  # of the error at every depth, along g
-    gains = (left[..., :-1] - left[..., 1:]) / (2 * np.array(PRICES))
+    removed = np.einsum("bti,eio,bto->bte", x, np.diff(reads, axis=0), g)  # what slices 2..E change, along g
+    gains = removed**2 / (2 * np.array(PRICES))
     np.testing.assert_allclose(to_scores, 1 - gains * np.exp(-scores), rtol=1e-3, atol=1e-4)
     assert not np.any(to_masks)
 
@@ -71,8 +71,8 @@ def test_fitted_scores_are_the_logarithm_of_the_mean_gain(rng):
     kinds = rng.normal(size=(2, IN)) / IN**0.5
     router = Router.create(jax.random.key(rng.integers(2**31)), IN, 8, SLICES)
     sigma = np.array([1.0, 30.0]) ** 0.5  # of the gradients
-    left = sigma[:, None] ** 2 * np.sum(np.einsum("ki,eio->keo", kinds, reads[-1] - reads) ** 2, axis=-1)
-    means = (left[:, :-1] - left[:, 1:]) / (2 * np.array(PRICES))  # [kind, slice]
+    removed = np.einsum("ki,eio->keo", kinds, np.diff(reads, axis=0))
+    means = sigma[:, None] ** 2 * np.sum(removed**2, axis=-1) / (2 * np.array(PRICES))  # [kind, slice]
     x = jnp.asarray(np.broadcast_to(kinds, (64, 2, IN)), jnp.float32)  # [B, T = kind, in]
     masks = jnp.zeros((64, 2, SLICES - 1))
 

@@ -167,8 +167,9 @@ def _check_folders(jobs: list[Job], scorer: "Scorer") -> None:
         if folder in taken:
             raise ValueError(f"--save: two models would be written to '{folder}': give one value a field, not several")
         taken.add(folder)
-        if folder.parent.exists() and not folder.parent.is_dir():
-            raise ValueError(f"--save: '{folder.parent}' is no folder")
+        above = next(parent for parent in folder.parents if parent.exists())
+        if not above.is_dir():
+            raise ValueError(f"--save: '{above}' is no folder")
         # A folder is written whole, after its model's rows: with all rows in the table it is that model.
         kept = RESUME.value and (folder / "config.json").is_file() and not scorer.lacks(job)
         if _holds_something(folder) and not kept:

@@ -119,6 +119,7 @@ def test_rows_are_written_resumed_and_reused_as_recipes(call_script, arguments: 
         (["--resume", "--overwrite"], "give one of --resume and --overwrite"),
         (["--config.quant.group_size=5"], "group size 5 does not divide the 64 input features"),
         (["--save=README.md"], "--save: 'README.md' is no folder"),
+        (["--save=README.md/models"], "--save: 'README.md' is no folder"),
         (["--config.calibration.windows=4000"], "windows of 64 tokens, not 4000"),
     ],
 )

@@ -2,13 +2,19 @@
 
 import importlib.util
 import json
+import sys
+from types import ModuleType, SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
+from mobiquant_jax.evaluation import tasks as tasks_package
 from mobiquant_jax.io import save_hf
 from mobiquant_jax.io.checkpoint import save_checkpoint
 
+# lm_eval is the optional extra `eval`, which the suite's own installation leaves out for its many dependencies. What
+# the script itself does is tested without it, with a stand-in for the evaluator.
 needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs lm_eval")
 LIMIT = 5
 
@@ -37,6 +43,55 @@ def score(call_script, folder, task_files):
         return call_script("tasks", *sources, *fixed, *more)
 
     return call
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """Calls of a stand-in for `evaluate_tasks`, which scores by task, bits and number of the call."""
+    calls = []
+
+    def evaluate_tasks(model, bits_list, folder, *, tasks, batch_size, limit, step, progress):
+        (bits,) = bits_list
+        precision = jax.config.jax_default_matmul_precision
+        calls.append(SimpleNamespace(elastic=model.is_elastic, bits=bits, tasks=tasks, step=step, precision=precision))
+        for task in tasks:
+            norm = None if task == "local_winogrande" else 0.01 * len(calls)
+            measured = 32.0 if bits is None else bits - 0.25
+            facts = dict(task=task, bits=bits, measured_bits=measured, accuracy=0.5 + 0.01 * len(calls))
+            progress(SimpleNamespace(accuracy_norm=norm, documents=limit, seconds=1.0, **facts))
+
+    runner = ModuleType("runner")
+    runner.evaluate_tasks, runner.TaskResult = evaluate_tasks, SimpleNamespace
+    monkeypatch.setitem(sys.modules, "mobiquant_jax.evaluation.tasks.runner", runner)
+    monkeypatch.setattr(tasks_package, "require_lm_eval", lambda: None)
+    return calls
+
+
+def test_every_model_is_scored_once_in_float32_at_its_bits_and_summed_up_over_seeds(score, scored, folder):
+    models = ("elastic:0=elastic", "elastic:1=elastic", "unquantized=dense-0", "qat@3:1=dense-1")
+    tasks = ["local_piqa", "local_winogrande"]
+    first = score("--bits=2", f"--tasks={tasks[0]}", models=models[:1])
+    assert first.returncode == 0, first.stderr
+    result = score("--bits=2,5", f"--tasks={','.join(tasks)}", "--resume", models=models)
+    assert result.returncode == 0, result.stderr
+    assert [(call.elastic, call.bits, call.tasks) for call in scored] == [
+        (True, 2.0, tasks[:1]),
+        (True, 2.0, tasks[1:]),  # what the first run had not scored
+        *((True, bits, tasks) for bits in (5.0, 2.0, 5.0)),
+        (False, None, tasks),
+        (False, None, tasks),
+    ]
+    assert {call.precision for call in scored} == {"highest"}
+    steps = [call.step for call in scored[1:]]  # one for elastic models, one for dense ones
+    assert all(step is steps[0] for step in steps[:4]) and steps[4] is steps[5] is not steps[0]
+    rows = json.loads((folder / "rows.json").read_text())["rows"]
+    found = {(row["method"], row["seed"], row["bits"], row["task"]): row["measured_bits"] for row in rows}
+    expected = {("elastic", seed, bits, task): bits - 0.25 for seed in (0, 1) for bits in (2.0, 5.0) for task in tasks}
+    expected |= {("unquantized", None, None, task): 32.0 for task in tasks} | {("qat", 1, 3, task): 3 for task in tasks}
+    assert found == expected and len(rows) == len(expected)
+    # Calls 3 and 5 scored the two seeds at 5 bits: accuracy per character of piqa, accuracy of winogrande.
+    (line,) = (line for line in result.stdout.splitlines() if line.startswith("elastic   ") and " 5 " in line)
+    assert line.split()[-2:] == ["2", f"{np.mean([0.03, 0.53, 0.05, 0.55]):.4f}"]
 
 
 @needs_lm_eval

@@ -15,6 +15,7 @@ from mobiquant_jax.calibration.config import stages
 from mobiquant_jax.calibration.distillation import Distiller
 from mobiquant_jax.calibration.end_to_end import EndToEndTrainer
 from mobiquant_jax.calibration.fine_slices import FineTuner
+from mobiquant_jax.calibration.routed_tuning import RoutedTrainer
 from mobiquant_jax.calibration.routers import RouterTrainer
 from mobiquant_jax.calibration.samples import Samples
 from mobiquant_jax.io.checkpoint import abstract_variables
@@ -48,12 +49,16 @@ def training_programs(
     """An epoch of each part of a recipe, in bfloat16 with float32 parameters.
 
     Returns:
-        ``calibration``, the last stage of one block's training; ``tuning`` of all blocks, ``fine`` of their finer
-        slices and ``fitting`` of all routers, where the recipe has epochs of them.
+        ``calibration``, the last stage of one block's training; ``tuning`` of all blocks, ``routed`` of blocks and
+        routers, ``fine`` of their finer slices and ``fitting`` of all routers, where the recipe has epochs of them.
     """
     makers: list[Callable[..., Program]] = [_calibration]
     if calibration.end_epochs:
         makers.append(partial(_distillation, "tuning", EndToEndTrainer))
+    if calibration.routed_epochs:
+        budget = float(elastic.slice_bits[0])
+        kind = partial(RoutedTrainer, budgets=(budget,), thresholds=(0.0,))
+        makers.append(partial(_distillation, "routed", kind))
     if calibration.fine_epochs:
         makers.append(partial(_distillation, "fine", FineTuner))
     if calibration.recipe == "elastic" and calibration.fit_epochs:
@@ -91,7 +96,7 @@ def _calibration(config: LlamaConfig, elastic: ElasticConfig, calibration: Calib
 
 def _distillation(
     name: str,
-    kind: type[Distiller],
+    kind: Callable[..., Distiller],
     config: LlamaConfig,
     elastic: ElasticConfig,
     calibration: CalibrationConfig,

@@ -41,6 +41,12 @@ class CalibrationConfig:
         end_clipping_lr: of the clipping logits.
         end_generated_windows: windows that the unquantized model writes itself to learn from; 0 for none.
         end_generated_share: share of them in each epoch's windows.
+        routed_epochs: epochs of tuning weights, clipping and routers together after it, tokens at the depths that the
+            routers choose; see `routed_tuning`. Batches, windows and saves are those of end-to-end tuning.
+        routed_weight_lr: peak learning rate of the weights in it; 0 freezes them.
+        routed_clipping_lr: of the clipping logits.
+        routed_router_lr: of the routers.
+        routed_penalty: lambda of its budget penalty, ``lambda (B - B*)^2``.
         fine_above: bits of a code that end-to-end tuning trains, at budgets of up to so many only; then the slices
             beyond start from the unquantized weights; see `fine_slices`. With 8 all slices are trained together.
         fine_epochs: epochs of tuning those finer slices alone. Batches, windows and saves are those of the fields
@@ -53,8 +59,6 @@ class CalibrationConfig:
             Needs memory for the whole packed model, and for the logits and activations of ``fit_batch_size`` windows.
         fit_batch_size: windows a step of it.
         fit_lr: peak learning rate of the routers in it.
-        slice_windows: windows on which it is measured what whole slices gain, to correct the routers by; a multiple of
-            ``fit_batch_size``, 0 for no correction. See `slice_gains`.
         temperature: of the gates' surrogate gradient (recipe "paper").
         dtype: type of the matmuls in training, ``"float32"`` or ``"bfloat16"``; parameters and errors are float32.
         streams: where the activations of all windows are kept: ``"device"``, split over the devices' memory, or
@@ -88,6 +92,11 @@ class CalibrationConfig:
     end_clipping_lr: float = 1e-3
     end_generated_windows: int = 0
     end_generated_share: float = 0.67
+    routed_epochs: int = 0
+    routed_weight_lr: float = 5e-5
+    routed_clipping_lr: float = 5e-4
+    routed_router_lr: float = 2e-3
+    routed_penalty: float = 20.0
     fine_above: int = CODE_BITS
     fine_epochs: int = 0
     fine_lr: float = 0.01
@@ -95,7 +104,6 @@ class CalibrationConfig:
     fit_epochs: int = 2
     fit_batch_size: int = 1
     fit_lr: float = 3e-3
-    slice_windows: int = 0
     temperature: float = 1.0
     dtype: str = "float32"
     streams: str = "device"
@@ -130,14 +138,18 @@ class CalibrationConfig:
             raise ValueError(f"calibration.joint_epochs={self.joint_epochs} exceeds epochs={self.epochs}")
         if not 1 <= self.end_batch_size <= self.windows:
             raise ValueError(f"calibration.end_batch_size={self.end_batch_size} is outside 1..{self.windows}")
-        if self.recipe == "paper" and self.end_epochs:
-            raise ValueError(f"calibration.end_epochs={self.end_epochs}: the recipe 'paper' ends with the blocks")
+        for name in ("end_epochs", "routed_epochs"):
+            if self.recipe == "paper" and getattr(self, name):
+                raise ValueError(f"calibration.{name}={getattr(self, name)}: the recipe 'paper' ends with the blocks")
+        if self.routed_epochs and self.threshold_scope != "global":
+            raise ValueError(
+                f"calibration.threshold_scope={self.threshold_scope!r}: routers that routed_epochs train share one"
+                " threshold, 'global'"
+            )
         if self.recipe == "paper" and self.has_finer_slices:
             raise ValueError(f"calibration.fine_above={self.fine_above}: the recipe 'paper' trains all slices together")
         if self.recipe == "paper" and self.scale_width:
             raise ValueError(f"calibration.scale_width={self.scale_width}: the recipe 'paper' scales no channels")
-        if self.recipe == "paper" and self.slice_windows:
-            raise ValueError(f"calibration.slice_windows={self.slice_windows}: the recipe 'paper' corrects no routers")
         if self.scale_width not in (0, *range(2, CODE_BITS + 1)):
             raise ValueError(
                 f"calibration.scale_width={self.scale_width} is neither 0 nor a width from 2 to {CODE_BITS}"
@@ -155,26 +167,21 @@ class CalibrationConfig:
                 raise ValueError(f"calibration.{name}={getattr(self, name)} must be finite and not negative")
         if self.fit_batch_size < 1:
             raise ValueError(f"calibration.fit_batch_size={self.fit_batch_size} must be at least 1")
-        if self.slice_windows % self.fit_batch_size:
-            raise ValueError(
-                f"calibration.slice_windows={self.slice_windows} is no multiple of fit_batch_size={self.fit_batch_size}"
-            )
         fitted = self.fit_batch_size if self.recipe == "elastic" else 0  # windows that fitting the routers needs
         if not 1 <= self.threshold_windows <= self.windows - fitted:
             beside = f", beside fit_batch_size={fitted} of windows={self.windows}" if fitted else ""
             raise ValueError(
                 f"calibration.threshold_windows={self.threshold_windows} is outside 1..{self.windows - fitted}{beside}"
             )
-        if self.slice_windows > self.windows - self.threshold_windows:
-            raise ValueError(
-                f"calibration.slice_windows={self.slice_windows}: routers are fitted to"
-                f" {self.windows - self.threshold_windows} windows only"
-            )
 
     def check_slices(self, slice_bits: tuple[int, ...]) -> None:
         """Raises ValueError unless every budget can be met: none lies below the first slice's bits."""
         if min(self.budgets) < slice_bits[0]:
             raise ValueError(f"calibration.budgets {self.budgets} start below the first slice's {slice_bits[0]} bits")
+        if self.routed_epochs and self.coarse_depth(slice_bits) < 2:
+            raise ValueError(
+                f"calibration.fine_above={self.fine_above}: routed_epochs needs two slices below it to choose from"
+            )
         if not self.has_finer_slices:
             return
         final = widths(slice_bits)[:-1]
@@ -182,13 +189,27 @@ class CalibrationConfig:
             raise ValueError(
                 f"calibration.fine_above={self.fine_above} is none of the widths {final} that slices refine"
             )
-        if self.end_epochs and not self.tuned_budgets:
+        if self.distils_coarse and not self.tuned_budgets:
             raise ValueError(f"calibration.budgets {self.budgets} are all above fine_above={self.fine_above}")
 
     @property
     def has_finer_slices(self) -> bool:
         """Whether some slices are made once the coarser ones are final."""
         return self.fine_above < CODE_BITS
+
+    def coarse_depth(self, slice_bits: tuple[int, ...]) -> int:
+        """How many slices end-to-end tuning trains."""
+        return sum(width <= self.fine_above for width in widths(slice_bits))
+
+    @property
+    def distils_coarse(self) -> bool:
+        """Whether the blocks are tuned together, on the model's logits, before any finer slices are."""
+        return self.end_epochs > 0 or self.routed_epochs > 0
+
+    @property
+    def distils(self) -> bool:
+        """Whether any stage learns from the unquantized model's logits."""
+        return self.distils_coarse or self.fine_epochs > 0
 
     @property
     def tuned_budgets(self) -> tuple[float, ...]:
@@ -199,7 +220,7 @@ class CalibrationConfig:
     def batches(self) -> dict[str, int]:
         """Numbers of windows that go through the model together, by field."""
         fits = ("fit_batch_size",) if self.recipe == "elastic" else ()
-        fields = ("windows", "batch_size", *fits, *(("end_batch_size",) if self.end_epochs or self.fine_epochs else ()))
+        fields = ("windows", "batch_size", *fits, *(("end_batch_size",) if self.distils else ()))
         return {f"calibration.{name}": getattr(self, name) for name in fields}
 
     @property
@@ -262,7 +283,6 @@ def stages(config: CalibrationConfig) -> tuple[Stage, ...]:
 
 
 _NOT_NEGATIVE = (
-    "slice_windows",
     "joint_epochs",
     "end_save_seconds",
     "weight_lr",
@@ -270,6 +290,11 @@ _NOT_NEGATIVE = (
     "router_lr",
     "propagated_weight",
     "end_epochs",
+    "routed_epochs",
+    "routed_weight_lr",
+    "routed_clipping_lr",
+    "routed_router_lr",
+    "routed_penalty",
     "end_generated_windows",
     "end_weight_lr",
     "end_clipping_lr",

@@ -1,13 +1,11 @@
-"""Training all blocks together against the unquantized model's own predictions: what its two stages share.
+"""Training all blocks together against the unquantized model's own predictions: what its stages share.
 
 Block-wise training matches activations; what counts is the distribution over the next token. With teacher p (the
-unquantized model) and student q (the same blocks through the nested quantizer, at a width drawn each step):
+unquantized model) and student q (the same blocks through the nested quantizer, at a width or a budget drawn each step):
 
     L = log mean_t sum_v p_tv (log p_tv - log q_tv)
 
 The logarithm gives every width the same pull: at 2 bits the divergence is a hundred times that at 8.
-
-All tokens of a step read one width: routers are fitted afterwards, to the weights as they are then.
 """
 
 from collections.abc import Callable
@@ -92,9 +90,18 @@ class Distiller:
         """Shapes and types of the stacked blocks' parameters."""
         raise NotImplementedError
 
-    def draw_widths(self, rng: np.random.Generator) -> Int[np.ndarray, " steps"]:
-        """The width of each of an epoch's steps."""
+    def draw_steps(self, rng: np.random.Generator) -> np.ndarray:
+        """What says how deep the tokens of each of an epoch's steps read, ``[steps]`` or ``[steps, k]``: a width."""
         raise NotImplementedError
+
+    def control(self, drawn: Array) -> Any:
+        """What the linears are told in a step, of its entry of `draw_steps`."""
+        return UniformWidth(width=drawn)
+
+    def penalty(self, stats: Any, drawn: Array) -> Float[Array, ""]:
+        """What is added to the loss, of what the layers sowed into ``stats``."""
+        del stats, drawn
+        return jnp.zeros(())
 
     def constrain(self, params: Params, before: Params) -> Params:
         """The parameters after a step, brought back to where they may lie; ``before`` are those before it."""
@@ -133,16 +140,17 @@ class Distiller:
         """
         shape = (self.steps, self.calibration.end_batch_size, self.windows.shape[1])
         tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.placement.batched(shape, dim=1))
-        widths = jax.ShapeDtypeStruct((self.steps,), jnp.int32, sharding=self.placement.replicated)
-        return self._epoch, (self.abstract_state, self.placement.abstract(self.abstract_dense), (tokens, widths))
+        steps = self.draw_steps(np.random.default_rng())
+        drawn = jax.ShapeDtypeStruct(steps.shape, steps.dtype, sharding=self.placement.replicated)
+        return self._epoch, (self.abstract_state, self.placement.abstract(self.abstract_dense), (tokens, drawn))
 
     def epoch(self, state: TuningState, dense: Params, index: int) -> tuple[TuningState, float, bool]:
-        """Steps over windows drawn from the calibration text and the generated one, each at a width of its own.
+        """Steps over windows drawn from the calibration text and the generated one, each at depths of its own.
 
         Args:
             state: from ``init`` or the epoch before; donated.
             dense: the unquantized model's parameters.
-            index: number of the epoch; with the seed it determines windows, order and widths.
+            index: number of the epoch; with the seed it determines windows, order and depths.
 
         Returns:
             The new state, the epoch's mean divergence, and whether every step was finite.
@@ -152,7 +160,7 @@ class Distiller:
         windows = self._draw_windows(rng)[: self.steps * cal.end_batch_size]
         batches = windows.reshape(self.steps, cal.end_batch_size, -1)
         tokens = place(batches, self.placement.batched(batches.shape, dim=1))
-        plan = (tokens, self.placement.put_whole(self.draw_widths(rng)))
+        plan = (tokens, self.placement.put_whole(self.draw_steps(rng)))
         with jax.transfer_guard("disallow"):
             state, divergences, healthy = self._epoch(state, dense, plan)
         return state, float(np.mean(jax.device_get(divergences))), bool(healthy)
@@ -177,10 +185,10 @@ class Distiller:
 
         def step(carry: Any, inputs: Any, dense: Params) -> Any:
             state, healthy = carry
-            tokens, width = inputs
+            tokens, drawn = inputs
             target = teacher({"params": dense}, tokens)
             (loss, divergence), grads = jax.value_and_grad(self._loss, has_aux=True)(
-                state.params, dense, target, tokens, width
+                state.params, dense, target, tokens, drawn
             )
             params, optimizer, finite = guarded_update(self.optimizer, loss, grads, state.params, state.optimizer)
             params = self.constrain(params, state.params)
@@ -196,13 +204,14 @@ class Distiller:
         return jax.jit(epoch, donate_argnums=0, in_shardings=(state, dense, plan), out_shardings=(state, whole, whole))
 
     def _loss(
-        self, layers: Params, dense: Params, target: Array, tokens: Array, width: Int[Array, ""]
+        self, layers: Params, dense: Params, target: Array, tokens: Array, drawn: Array
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """The loss of one step, and its divergence.
 
         Embedding, final norm and head are the unquantized model's; only the blocks have a gradient.
         """
         student: Callable[..., Any] = Llama(self.config, linear=self.linear, dtype=self.dtype, remat=True).apply
-        logits = student({"params": {**dense, "layers": layers}}, tokens, UniformWidth(width=width))
+        variables = {"params": {**dense, "layers": layers}}
+        logits, state = student(variables, tokens, self.control(drawn), mutable=["stats"])
         divergence = distillation_loss(logits, target)
-        return jnp.log(divergence + 1e-6), divergence
+        return jnp.log(divergence + 1e-6) + self.penalty(state.get("stats"), drawn), divergence

@@ -1,12 +1,14 @@
 """End-to-end tuning: weights and clipping of all blocks, at every width or, where finer slices follow, the coarse ones.
 
-See `distillation` for the loss, and `fine_slices` for what may follow.
+All tokens of a step read one width. See `distillation` for the loss, `routed_tuning` and `fine_slices` for what may
+follow.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 
+import flax.linen as nn
 import jax
 import numpy as np
 import optax
@@ -25,7 +27,7 @@ class EndToEndTrainer(Distiller):
     STREAM = 1_000_000
 
     @property
-    def linear(self) -> Callable[..., NestedLinear]:
+    def linear(self) -> Callable[..., nn.Module]:
         """See `Distiller`."""
         return partial(NestedLinear, elastic=self.elastic)
 
@@ -46,7 +48,7 @@ class EndToEndTrainer(Distiller):
 
         return jax.eval_shape(make, self.abstract_dense["layers"])
 
-    def draw_widths(self, rng: np.random.Generator) -> Int[np.ndarray, " steps"]:
+    def draw_steps(self, rng: np.random.Generator) -> Int[np.ndarray, " steps"]:
         """See `Distiller`: at the budgets that no later stage trains."""
         budgets = spread_budgets(self.calibration.tuned_budgets, self.steps, rng)
         return draw_widths(budgets, self.elastic.slice_bits, rng)

@@ -133,7 +133,7 @@ class FineTuner(Distiller):
 
         return jax.eval_shape(jax.vmap(make), self.abstract_dense["layers"])
 
-    def draw_widths(self, rng: np.random.Generator) -> Int[np.ndarray, " steps"]:
+    def draw_steps(self, rng: np.random.Generator) -> Int[np.ndarray, " steps"]:
         """See `Distiller`: those that read more than what is final."""
         finer = tuple(float(width) for width in widths(self.elastic.slice_bits) if width > self.calibration.fine_above)
         return spread_budgets(finer, self.steps, rng).astype(np.int32)

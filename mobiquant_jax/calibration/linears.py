@@ -62,19 +62,24 @@ class RoutedLinear(nn.Module):
         features: number of outputs.
         elastic: slicing and routing.
         dtype: type of the multiplication and of the result.
+        depth: the most slices that a token reads; all of them if None. The router scores every slice.
     """
 
     features: int
     elastic: ElasticConfig
     dtype: DTypeLike = jnp.float32
+    depth: int | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T in"], control: Policy) -> Float[Array, "B T out"]:
         """Routes and multiplies; sows the bits of each token into ``stats``."""
         kernel, clipping = _kernel(self, x.shape[-1])
-        slice_bits = self.elastic.slice_bits
-        router = self.param("router", Router.create, x.shape[-1], self.elastic.router_hidden_size, len(slice_bits))
-        masks = control.masks(RoutingInputs(x=x, scores=score(router, x), slice_bits=slice_bits))
+        every_slice = self.elastic.slice_bits
+        router = self.param("router", Router.create, x.shape[-1], self.elastic.router_hidden_size, len(every_slice))
+        slice_bits = every_slice[: self.depth]
+        # How a router sees its input is no part of the model, as at run time.
+        scores = score(router, jax.lax.stop_gradient(x))[..., : len(slice_bits) - 1]
+        masks = control.masks(RoutingInputs(x=x, scores=scores, slice_bits=slice_bits))
         self.sow("stats", "bits", mask_bits(masks, slice_bits))
         read = jax.vmap(fake_quantize, in_axes=(None, None, 0))
         reads = read(kernel, clipping, jnp.asarray(widths(slice_bits)))  # [E, in, out]

@@ -4,7 +4,8 @@ All of it lies on one mesh. The streams are split over its batch axes: a device,
 its own windows. In the devices' memory are one block and its optimizer, the next block's weights, which are read while
 this one trains, and both streams or, where ``calibration.streams`` keeps those on the host, two batches of them. A
 trained block is written while the streams go through it and through the next full-precision one. What follows the
-blocks (tuning, also of the finer slices alone, fitting the routers, recording thresholds) needs the whole model there.
+blocks (tuning, with routers too, or of the finer slices alone, fitting routers, recording thresholds) needs the whole
+model there.
 
 Order on ``resume``: the folder's blocks and channel scales are read instead of trained and found, all but blocks that
 are damaged; streams are recomputed through them, so a resumed run continues with the very numbers of an uninterrupted
@@ -24,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Int
+from jaxtyping import Array, Int
 
 from mobiquant_jax import distributed
 from mobiquant_jax.calibration.block import BlockReport, BlockTrainer, Stream
@@ -38,16 +39,19 @@ from mobiquant_jax.calibration.generated import write_windows
 from mobiquant_jax.calibration.host_block import HostBlockTrainer
 from mobiquant_jax.calibration.linears import Params
 from mobiquant_jax.calibration.read_ahead import read_ahead
-from mobiquant_jax.calibration.routers import RouterState, RouterTrainer, with_routers
-from mobiquant_jax.calibration.run_dir import FINE, ROUTER, TUNING, RunDir
+from mobiquant_jax.calibration.routed_tuning import RoutedTrainer
+from mobiquant_jax.calibration.routers import Routers, RouterState, RouterTrainer, with_routers
+from mobiquant_jax.calibration.run_dir import FINE, ROUTED, ROUTER, TUNING, RunDir
 from mobiquant_jax.calibration.samples import Samples
 from mobiquant_jax.calibration.stacking import stack_blocks
-from mobiquant_jax.calibration.thresholds import record_thresholds
+from mobiquant_jax.calibration.thresholds import collect_scores, record_thresholds, shared_thresholds
+from mobiquant_jax.calibration.tiers import lower_finer, overlap
 from mobiquant_jax.calibration.write_behind import WriteBehind
 from mobiquant_jax.io import layer
 from mobiquant_jax.io.checkpoint import DamagedTree, load_tree, save_tree
 from mobiquant_jax.models import LlamaConfig
 from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel, Variables
+from mobiquant_jax.routing import UniformDepth
 from mobiquant_jax.sharding import Placement, one_device
 
 SCALE_WINDOWS = 16  # on which a block's channel scales are found, or as near as devices hold equal parts of
@@ -141,7 +145,7 @@ class Calibrator:
                 mesh=self.mesh,
             )
             self._train_blocks(trainer, params, windows)
-            if cal.end_epochs or cal.has_finer_slices:
+            if cal.distils_coarse or cal.has_finer_slices:
                 layers = self._tune(trainer, params, windows)
             else:
                 layers = self._packed_blocks(trainer)
@@ -269,7 +273,7 @@ class Calibrator:
         return stack_blocks(packed, self.config.num_hidden_layers, self.placement)
 
     def _tune(self, trainer: BlockTrainer, params: Params, windows: Int[np.ndarray, "W T"]) -> Params:
-        """End-to-end tuning from the trained blocks, then the finer slices on top: the packed layers."""
+        """End-to-end tuning from the trained blocks, by width and then routed, and the finer slices on top: packed."""
         cal = self.calibration
         dense = self.placement.put(params)
         common: dict[str, Any] = dict(
@@ -281,13 +285,16 @@ class Calibrator:
             dtype=jnp.dtype(cal.dtype),
             mesh=self.mesh,
         )
-        if cal.end_epochs:
+        if cal.distils_coarse:
             tuner = EndToEndTrainer(**common)
 
             def blocks() -> Params:
                 return stack_blocks(self._trained_blocks(trainer), self.config.num_hidden_layers, self.placement)
 
-            layers = tuner.pack(self._distil(tuner, blocks, dense, TUNING, "end to end", cal.end_epochs))
+            coarse = self._distil(tuner, blocks, dense, TUNING, "end to end", cal.end_epochs)
+            if cal.routed_epochs:
+                coarse = self._tune_routed(common, coarse, self._model(dense, tuner.pack(coarse)), dense)
+            layers = tuner.pack(coarse)
         else:
             layers = self._packed_blocks(trainer)
         if cal.has_finer_slices:
@@ -303,6 +310,25 @@ class Calibrator:
             tuned = self._distil(fine, begin, dense, FINE, "finer slices", cal.fine_epochs)
             layers = layers | {"slices": fine.slices(tuned)}
         return layers
+
+    def _tune_routed(self, common: dict[str, Any], coarse: Params, model: ElasticModel, dense: Params) -> Params:
+        """The blocks' parameters, routers too, after routed tuning; ``model`` is the packed one before it."""
+        cal = self.calibration
+        recorded, others = self._split_windows(common["windows"])
+        fitter = RouterTrainer(model=dataclasses.replace(model, dtype=common["dtype"]), calibration=cal, windows=others)
+        routers = fitter.start(model.variables).routers
+        model = dataclasses.replace(model, variables=with_routers(model.variables, routers))
+        budgets = tuple(bits for bits in self.elastic.budget_grid if bits <= cal.fine_above)
+        thresholds = shared_thresholds(model, recorded, budgets, cal.coarse_depth(self.elastic.slice_bits))
+        tuner = RoutedTrainer(**common, budgets=budgets, thresholds=tuple(thresholds.tolist()))
+
+        def begin() -> Params:
+            routed = {
+                part: {name: linear | routers[part][name] for name, linear in coarse[part].items()} for part in routers
+            }
+            return coarse | routed
+
+        return self._distil(tuner, begin, dense, ROUTED, "routed", cal.routed_epochs)
 
     def _distil(
         self, distiller: Distiller, first: Callable[[], Params], dense: Params, stage: str, title: str, epochs: int
@@ -328,11 +354,22 @@ class Calibrator:
         seconds = self.calibration.end_save_seconds
         return SavedEpochs(run=self.run, stage=name, epochs=epochs, save_seconds=seconds, load=load)
 
+    def _split_windows(self, windows: Int[np.ndarray, "W T"]) -> tuple[np.ndarray, np.ndarray]:
+        """The windows that thresholds are recorded on, and those that routers are fitted to."""
+        shuffled = np.random.default_rng(self.calibration.seed).permutation(windows)
+        recorded, others = np.split(shuffled, [self.calibration.threshold_windows])
+        return recorded, others
+
     def _fit_routers(self, model: ElasticModel, windows: Int[np.ndarray, "W T"]) -> Variables:
-        """The variables with routers fitted to them."""
+        """The variables with routers fitted to them: all or, after routed tuning, what scores the finer slices."""
         cal = self.calibration
-        model = dataclasses.replace(model, dtype=jnp.dtype(cal.dtype))
-        trainer = RouterTrainer(model=model, calibration=cal, windows=windows)
+        kept = cal.coarse_depth(self.elastic.slice_bits) - 1 if cal.routed_epochs else 0
+        if kept == len(self.elastic.slice_bits) - 1:
+            return model.variables
+        recorded, others = self._split_windows(windows)
+        trainer = RouterTrainer(
+            model=dataclasses.replace(model, dtype=jnp.dtype(cal.dtype)), calibration=cal, windows=others, kept=kept
+        )
 
         def epoch(state: RouterState, number: int) -> tuple[RouterState, dict[str, Any]]:
             state, healthy = trainer.epoch(state, model.variables, number)
@@ -343,15 +380,21 @@ class Calibrator:
 
         stage = self._stage(ROUTER, cal.fit_epochs, trainer.abstract_state)
         routers = stage.run_all(lambda: trainer.start(model.variables), epoch, report).routers
-        if cal.slice_windows:
-            routers, measured = trainer.correct(routers, model.variables)
-            self.run.log({"slices": len(measured["divergences"]), **measured})
+        if kept:
+
+            @jax.jit
+            def measure(routers: Routers, variables: Variables, tokens: Int[Array, "n T"]) -> Array:
+                coarse = UniformDepth(depth=jnp.array([kept + 1]))
+                return overlap(collect_scores(model, with_routers(variables, routers), tokens, coarse), kept)
+
+            by = measure(routers, model.variables, self.placement.put_batch(recorded))
+            routers = lower_finer(routers, by, kept)
         return with_routers(model.variables, routers)
 
     def _generated(self, params: Params, windows: Int[np.ndarray, "W T"]) -> Int[np.ndarray, "G T"]:
         """The windows that the unquantized model wrote: those of the run's folder, so that it resumes with the same."""
         cal = self.calibration
-        if not cal.end_generated_windows or not (cal.end_epochs or cal.fine_epochs):
+        if not cal.end_generated_windows or not cal.distils:
             return windows[:0]
         if not distributed.from_main(int(self.run.generated.is_file())):
             written = write_windows(
@@ -369,15 +412,17 @@ class Calibrator:
     def _finish(self, params: Params, layers: Params, windows: Int[np.ndarray, "W T"]) -> Variables:
         """Puts the untouched parts around the packed layers, fits their routers and records thresholds."""
         around = self.placement.put({name: part for name, part in params.items() if name != "layers"})
+        model = self._model(around, layers)
+        if self.calibration.recipe == "elastic":
+            model = dataclasses.replace(model, variables=self._fit_routers(model, windows))
+        recorded, _ = self._split_windows(windows)
+        return record_thresholds(model, recorded, self.calibration.threshold_scope, self.observer.on_budget)
+
+    def _model(self, params: Params, layers: Params) -> ElasticModel:
+        """The elastic model of packed layers, and of the parameters around the dense ones."""
         variables: Variables = {
-            "params": {**around, "layers": layers["params"]},
+            "params": {**params, "layers": layers["params"]},
             "slices": {"layers": layers["slices"]},
             "routing": {"layers": layers["routing"]},
         }
-        model = ElasticModel(config=self.config, elastic=self.elastic, variables=variables, placement=self.placement)
-        cal = self.calibration
-        shuffled = np.random.default_rng(cal.seed).permutation(windows)
-        recorded, others = np.split(shuffled, [cal.threshold_windows])
-        if cal.recipe == "elastic":
-            model = dataclasses.replace(model, variables=self._fit_routers(model, others))
-        return record_thresholds(model, recorded, cal.threshold_scope, self.observer.on_budget)
+        return ElasticModel(config=self.config, elastic=self.elastic, variables=variables, placement=self.placement)

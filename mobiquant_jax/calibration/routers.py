@@ -1,7 +1,8 @@
-"""Fitting the routers of a finished elastic model to what its slices gain (see `gains`), all linears at once.
+"""Fitting the routers of an elastic model to what its slices gain (see `gains`), all linears at once.
 
-The weights stay as they are. Each step runs the model on windows whose tokens read random depths of a budget's average,
-draws labels from the model's own predictions, and goes backward once: every score gets the gradient of its likelihood.
+The weights stay as they are; so may the scores of the first slices, where `routed_tuning` has trained them. Each step
+runs the model on windows whose tokens read random depths of a budget's average, draws labels from the model's own
+predictions, and goes backward once: every score gets the gradient of its likelihood.
 """
 
 import dataclasses
@@ -20,9 +21,9 @@ from mobiquant_jax.calibration.config import CalibrationConfig
 from mobiquant_jax.calibration.gains import GainLinear
 from mobiquant_jax.calibration.optimizer import FINAL_RATE, guarded_update
 from mobiquant_jax.calibration.samples import spread_budgets
-from mobiquant_jax.calibration.slice_gains import add_offsets, measure_slices, slice_offsets
 from mobiquant_jax.models import Llama
 from mobiquant_jax.models.elastic import ElasticModel, Variables
+from mobiquant_jax.quant import widths
 from mobiquant_jax.routing import RandomDepth, Router
 from mobiquant_jax.sharding import Placement, one_device, place
 
@@ -90,11 +91,14 @@ class RouterTrainer:
         model: the elastic model; its dtype is that of the matmuls, and of its variables only shapes are read.
         calibration: the recipe.
         windows: calibration tokens, ``[W, T]``.
+        kept: of so many slices, from the second on, the scores stay as they are; those of the others are fitted with
+            the same hidden units.
     """
 
     model: ElasticModel
     calibration: CalibrationConfig
     windows: Int[np.ndarray, "W T"]
+    kept: int = 0
 
     @cached_property
     def placement(self) -> Placement:
@@ -111,10 +115,13 @@ class RouterTrainer:
         return self.placement.abstract(jax.eval_shape(make, routers_of(self.model.variables)))
 
     def start(self, variables: Variables) -> RouterState:
-        """Routers that know magnitudes, and each linear's mean gain, as measured on a batch a budget."""
-        below = partial(magnitude_router, offset=-FAR_BELOW)
+        """Routers that know magnitudes, and each linear's mean gain, as measured on a batch a budget.
+
+        Where scores are kept, the others know the mean gain alone.
+        """
+        below = partial(_cleared, first=self.kept) if self.kept else partial(magnitude_router, offset=-FAR_BELOW)
         routers = jax.tree.map(below, routers_of(variables), is_leaf=_is_router)
-        gradients = self._measure(routers, variables, self._plan(0, len(self.calibration.budgets)))
+        gradients = self._measure(routers, variables, self._plan(0, len(self._budgets)))
         return self._begin(routers, gradients)
 
     def epoch(self, state: RouterState, variables: Variables, index: int) -> tuple[RouterState, bool]:
@@ -132,26 +139,6 @@ class RouterTrainer:
         with jax.transfer_guard("disallow"):
             state, healthy = self._epoch(state, variables, plan)
         return state, bool(healthy)
-
-    def correct(self, routers: Routers, variables: Variables) -> tuple[Routers, dict[str, list[float]]]:
-        """The routers, their scores corrected by what whole slices gain on a few windows; see `slice_gains`.
-
-        Returns:
-            The routers, and for the log what was measured and the offsets of slices 2..E.
-
-        Raises:
-            ValueError: the offsets are not finite, as those of a model whose activations are not.
-        """
-        cal = self.calibration
-        batches = self.windows[: cal.slice_windows].reshape(-1, cal.fit_batch_size, self.windows.shape[1])
-        tokens = place(batches, self.placement.batched(batches.shape, dim=1))
-        routers, measured = self._correct(routers, variables, tokens)
-        found = {name: np.asarray(value) for name, value in jax.device_get(measured).items()}
-        if not all(np.isfinite(values).all() for values in found.values()):
-            raise ValueError(
-                f"what whole slices gain is not finite: {found['divergences']} and {found['expected']} nats"
-            )
-        return routers, {name: values.tolist() for name, values in found.items()}
 
     @property
     def abstract_epoch(self) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
@@ -178,13 +165,20 @@ class RouterTrainer:
         steps = max(self.calibration.fit_epochs * self._steps, 1)
         return optax.adam(optax.cosine_decay_schedule(self.calibration.fit_lr, steps, alpha=FINAL_RATE), eps=ADAM_EPS)
 
+    @property
+    def _budgets(self) -> tuple[float, ...]:
+        """Those at which the slices to be fitted are read or nearly so."""
+        assert self.model.elastic is not None, "only an elastic model has routers"
+        read = widths(self.model.elastic.slice_bits)[self.kept]
+        return tuple(bits for bits in self.calibration.budgets if bits >= read) or (float(read),)
+
     def _plan(self, stream: int, steps: int) -> Any:
         """Tokens, budgets and seeds of so many steps, on the devices; windows come again where there are too few."""
         cal = self.calibration
         rng = np.random.default_rng([cal.seed, 2_000_000 + stream])
         windows = np.resize(rng.permutation(self.windows), (steps * cal.fit_batch_size, self.windows.shape[1]))
         batches = windows.reshape(steps, cal.fit_batch_size, -1)
-        bits = spread_budgets(cal.budgets, steps, rng)
+        bits = spread_budgets(self._budgets, steps, rng)
         seeds = rng.integers(2**32, size=steps, dtype=np.uint32)
         return place(batches, self.placement.batched(batches.shape, dim=1)), *self.placement.put_whole((bits, seeds))
 
@@ -206,6 +200,8 @@ class RouterTrainer:
 
         def gradients(routers: Routers, variables: Variables, batch: Any) -> Routers:
             summed = jax.grad(loss)(routers, variables, *batch)
+            if self.kept:
+                summed = jax.tree.map(partial(_of_outputs, first=self.kept), summed, is_leaf=_is_router)
             return jax.tree.map(lambda g: g / batch[0].size, summed)
 
         return gradients
@@ -232,26 +228,14 @@ class RouterTrainer:
 
         def center(router: Router, gradient: Router) -> Router:
             mean = jnp.maximum(1 - gradient.output_bias, 1e-6)  # gains are not negative, but sums of them round
-            return dataclasses.replace(router, output_bias=router.output_bias + jnp.log(mean))
+            shift = jnp.log(mean).at[..., : self.kept].set(0.0)
+            return dataclasses.replace(router, output_bias=router.output_bias + shift)
 
         def begin(routers: Routers, gradients: Routers) -> RouterState:
             routers = jax.tree.map(center, routers, gradients, is_leaf=_is_router)
             return RouterState(routers=routers, optimizer=self._optimizer.init(routers))
 
         return jax.jit(begin, out_shardings=self._state_shardings)
-
-    @cached_property
-    def _correct(self) -> Callable[..., tuple[Routers, dict[str, Array]]]:
-        """Jitted: `correct`, given tokens on the devices."""
-        model = dataclasses.replace(self.model, dtype=jnp.float32)
-
-        def correct(routers: Routers, variables: Variables, batches: Array) -> tuple[Routers, dict[str, Array]]:
-            divergences, expected = measure_slices(model, with_routers(variables, routers), batches)
-            offsets = slice_offsets(divergences, expected)
-            measured = {"divergences": divergences, "expected": expected, "offsets": offsets}
-            return add_offsets(routers, offsets), measured
-
-        return jax.jit(correct, out_shardings=(self._state_shardings.routers, self.placement.replicated))
 
     @cached_property
     def _epoch(self) -> jax.stages.Wrapped:
@@ -270,6 +254,25 @@ class RouterTrainer:
             return state, healthy
 
         return jax.jit(epoch, donate_argnums=0, out_shardings=(self._state_shardings, self.placement.replicated))
+
+
+def _cleared(router: Router, first: int) -> Router:
+    """The router with scores far below all gains from an output on."""
+    return dataclasses.replace(
+        router,
+        output=router.output.at[..., first:].set(0.0),
+        output_bias=router.output_bias.at[..., first:].set(-FAR_BELOW),
+    )
+
+
+def _of_outputs(gradient: Router, first: int) -> Router:
+    """The gradient with respect to the outputs from one on, alone."""
+    nothing = jax.tree.map(jnp.zeros_like, gradient)
+    return dataclasses.replace(
+        nothing,
+        output=gradient.output.at[..., :first].set(0.0),
+        output_bias=gradient.output_bias.at[..., :first].set(0.0),
+    )
 
 
 def _is_router(node: Any) -> bool:

@@ -8,10 +8,10 @@ generated.npy  windows that the unquantized model wrote, where the recipe wants 
 scales.npz     channel scales of the blocks so far, likewise
 blocks/NNN/    each finished block, until the checkpoint is complete
 tuning/NNN/    the last saved state of end-to-end tuning, until then too
+routed/NNN/    that of tuning weights and routers together
 fine/NNN/      that of tuning the finer slices
 router/NNN/    that of fitting the routers
-metrics.jsonl  a line a block, then one an epoch of the stages after them, and what whole slices gain, if measured;
-               each with process 0's peak memory so far
+metrics.jsonl  a line a block, then one an epoch of the stages after them, each with process 0's peak memory so far
 events/        the same for TensorBoard, where it was asked for
 profile/       the trace of a block, where one was asked for
 checkpoint/    the elastic checkpoint
@@ -36,7 +36,7 @@ from mobiquant_jax.calibration.event_file import EventFile, check_installed
 from mobiquant_jax.files import read_json_object
 from mobiquant_jax.provenance import peak_memory
 
-STAGES = (TUNING, FINE, ROUTER) = ("tuning", "fine", "router")
+STAGES = (TUNING, ROUTED, FINE, ROUTER) = ("tuning", "routed", "fine", "router")
 """What follows the blocks, over the whole model; folders of their states."""
 
 _IDENTITY = ("config", "model", "data")

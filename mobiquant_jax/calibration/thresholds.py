@@ -4,6 +4,7 @@ A router sees other inputs at 2 bits than at 8, so each budget's thresholds are 
 budget, from the first layer to the last.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -13,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from mobiquant_jax.models import LlamaConfig
 from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel, Variables
-from mobiquant_jax.routing import BatchBudget, FixedThreshold, prefix_scores, threshold_for_bits
+from mobiquant_jax.routing import BatchBudget, FixedThreshold, Policy, prefix_scores, threshold_for_bits
 from mobiquant_jax.sharding import Placement, one_device
 
 RUNS = 2
@@ -33,7 +35,7 @@ def record_thresholds(
 
     Args:
         model: an elastic model; where it has a placement, call under ``jax.set_mesh`` of its mesh.
-        windows: tokens; run as one batch.
+        windows: tokens.
         scope: ``"linear"``: every linear reads ``bits`` on average. ``"global"``: one threshold for all linears,
             at which the model reads ``bits`` on average, so that sensitive linears may read more.
         progress: called with each budget as it is done, from high to low, and how many are left.
@@ -64,7 +66,7 @@ def _record_linear(
     """A column of every table for each average of the grid; each linear meets the average by itself."""
 
     def column(variables: Variables, tokens: Int[Array, "n T"], bits: Float[Array, ""]) -> Any:
-        scores = _scores(model, variables, tokens, BatchBudget(bits=bits))
+        scores = _scores(model, variables, tokens, BatchBudget(bits=bits))  # as one batch, whose quantiles these are
         per_layer = jax.vmap(partial(_finite_threshold, bits=bits, slice_bits=elastic.slice_bits))
         return _tree(scores, lambda path: per_layer(scores[path]))
 
@@ -82,21 +84,19 @@ def _record_global(
     scores of the next higher one and runs twice. (Once, from the next lower one, a model that is broken at 2 bits used
     2.37 where 2.5 were asked for.) At the ends of the grid, where a threshold is never reached, nothing runs.
     """
-    sizes = {path: float(rows * columns) for path, (rows, columns) in model.config.linear_shapes().items()}
 
     def pooled(scores: Scores, bits: Float[Array, ""]) -> Float[Array, ""]:
-        flat = jnp.concatenate([s.reshape(-1, s.shape[-1]) for s in scores.values()])
-        weights = jnp.concatenate([jnp.full(s.size // s.shape[-1], sizes[path]) for path, s in scores.items()])
+        flat, weights = pool(model.config, scores)
         return _finite_threshold(flat, bits, elastic.slice_bits, weights)
 
     def first(variables: Variables, tokens: Int[Array, "n T"]) -> Scores:
-        return _scores(model, variables, tokens, BatchBudget(bits=jnp.float32(elastic.budget_grid[-2])))
+        return collect_scores(model, variables, tokens, BatchBudget(bits=jnp.float32(elastic.budget_grid[-2])))
 
     def column(
         variables: Variables, tokens: Int[Array, "n T"], scores: Scores, bits: Float[Array, ""]
     ) -> tuple[Float[Array, ""], Scores]:
         for _ in range(RUNS):
-            scores = _scores(model, variables, tokens, FixedThreshold(threshold=pooled(scores, bits)))
+            scores = collect_scores(model, variables, tokens, FixedThreshold(threshold=pooled(scores, bits)))
         return pooled(scores, bits), scores
 
     def everywhere(threshold: Float[Array, ""]) -> Any:
@@ -113,8 +113,51 @@ def _record_global(
     yield lowest, everywhere(extreme(scores, np.float32(lowest)))
 
 
-def _scores(model: ElasticModel, variables: Variables, tokens: Array, policy: Any) -> Scores:
-    """Router scores of every linear, by path, under a policy."""
+def shared_thresholds(
+    model: ElasticModel, windows: Int[np.ndarray, "n T"], budgets: tuple[float, ...], depth: int
+) -> Float[np.ndarray, " budgets"]:
+    """The thresholds of all linears together at which tokens of these scores read each budget.
+
+    Args:
+        model: an elastic model with routers; where it has a placement, call under ``jax.set_mesh`` of its mesh. Its
+            scores are those of the model as it runs in the middle of the budgets.
+        windows: tokens.
+        budgets: average bits; at the first slice's bits and at those of ``depth`` slices thresholds are infinite.
+        depth: how many slices a token reads at most.
+    """
+    assert model.elastic is not None, "only an elastic model has routers"
+    slice_bits = model.elastic.slice_bits[:depth]
+    middle = BatchBudget(bits=jnp.float32((min(budgets) + max(budgets)) / 2))
+
+    def thresholds(variables: Variables, tokens: Int[Array, "n T"], budgets: Float[Array, " budgets"]) -> Array:
+        scores = collect_scores(model, variables, tokens, middle)
+        flat, weights = pool(model.config, {path: s[..., : depth - 1] for path, s in scores.items()})
+        return jax.lax.map(lambda bits: threshold_for_bits(flat, bits, slice_bits, weights), budgets)
+
+    placement = model.placement or Placement.create(one_device(), model.config, model.elastic)
+    compiled = jax.jit(thresholds, out_shardings=placement.replicated)
+    return jax.device_get(
+        compiled(model.variables, placement.put_batch(windows), placement.put_whole(np.asarray(budgets, np.float32)))
+    )
+
+
+def pool(config: LlamaConfig, scores: Scores) -> tuple[Float[Array, "n E-1"], Float[Array, " n"]]:
+    """Scores of all linears together, and the size of the linear that each token's are of."""
+    sizes = {path: float(rows * columns) for path, (rows, columns) in config.linear_shapes().items()}
+    flat = jnp.concatenate([s.reshape(-1, s.shape[-1]) for s in scores.values()])
+    return flat, jnp.concatenate([jnp.full(s.size // s.shape[-1], sizes[path]) for path, s in scores.items()])
+
+
+def collect_scores(model: ElasticModel, variables: Variables, tokens: Int[Array, "n T"], policy: Policy) -> Scores:
+    """Router scores of every linear under a policy, a window a device at a time."""
+    shards = 1 if model.placement is None else math.gcd(len(tokens), model.placement.batch_shards)
+    # Neighbours in the batch lie on one device: each step takes one window of every device's.
+    steps = tokens.reshape(shards, -1, tokens.shape[1]).swapaxes(0, 1)  # [n / shards, shards, T]
+    found = jax.lax.map(lambda step: _scores(model, variables, step, policy), steps)  # [n / shards, L, shards, T, E-1]
+    return jax.tree.map(lambda s: s.transpose(1, 2, 0, 3, 4).reshape(s.shape[1], -1, *s.shape[3:]), found)
+
+
+def _scores(model: ElasticModel, variables: Variables, tokens: Int[Array, "n T"], policy: Policy) -> Scores:
     with jax.default_matmul_precision("float32"):  # as perplexity is measured: a rounded score is another depth
         _, state = model.module.apply(variables, tokens, policy, mutable=["scores"])
     return {

@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, Int
 
 _CHUNK = 128
 _MOST_CHUNKS = 16
+_MOST_ON_GPU = 4  # whose compiler tunes the products of every chunk
 
 
 def attention(
@@ -67,7 +68,8 @@ def self_attention(
     if q.dtype == jnp.bfloat16 and jax.default_backend() == "gpu" and length > 1 and head_dim in (64, 128):
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
     # The chunks are unrolled, so their number is bounded to bound the size of the program.
-    chunk = max(_CHUNK, -(-length // _MOST_CHUNKS))
+    most = _MOST_ON_GPU if jax.default_backend() == "gpu" else _MOST_CHUNKS
+    chunk = max(_CHUNK, -(-length // most))
     mixed = [
         attention(q[:, start:end], k[:, :end], v[:, :end], positions[:, start:end], positions[:, :end])
         for start, end in ((start, min(start + chunk, length)) for start in range(0, length, chunk))

@@ -7,6 +7,7 @@ from mobiquant_jax.routing.budget import (
     prefix_scores,
     threshold_for_bits,
 )
+from mobiquant_jax.routing.cutoff import cutoff
 from mobiquant_jax.routing.fused import FusedRouter
 from mobiquant_jax.routing.gates import depth_masks, gate, mask_bits, mask_depth, prefix_masks
 from mobiquant_jax.routing.policies import (
@@ -34,6 +35,7 @@ __all__ = [
     "UniformDepth",
     "adjacent_mix",
     "check_grid",
+    "cutoff",
     "depth_masks",
     "gate",
     "lookup",

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from mobiquant_jax.quant import CODE_BITS
+from mobiquant_jax.routing.cutoff import cutoff
 
 
 def prefix_scores(scores: Float[Array, "*batch E-1"]) -> Float[Array, "*batch E-1"]:
@@ -29,25 +30,22 @@ def threshold_for_bits(
 
     Args:
         scores: router scores of the tokens.
-        bits: target average, from ``slice_bits[0]`` to 8; may be traced.
-        slice_bits: bits of each slice.
+        bits: target average, from ``slice_bits[0]`` to the sum of ``slice_bits``; may be traced.
+        slice_bits: bits of each slice; of the first slices only, if scores are of those only.
         weights: weight of each token in the average, e.g. the size of its linear; equal if None.
 
     Returns:
         tau; beyond all scores at the two ends.
     """
-    pooled = prefix_scores(scores).ravel()  # [tokens * (E-1)]
+    ranked = prefix_scores(scores)
     cost = jnp.broadcast_to(jnp.asarray(slice_bits[1:], jnp.float32), scores.shape)
     if weights is not None:
         cost = cost * weights[..., None]
-    order = jnp.argsort(pooled, descending=True)
-    spent = jnp.cumsum(cost.ravel()[order]) / (jnp.sum(cost) / (CODE_BITS - slice_bits[0]))  # bits above slice 1
-    admitted = jnp.sum(spent <= bits - slice_bits[0] + 1e-4)  # the highest scores, as many as the budget pays for
-    ranked = jnp.concatenate([jnp.array([jnp.inf]), pooled[order], jnp.array([-jnp.inf])])
-    last_in, first_out = ranked[admitted], ranked[admitted + 1]
-    middle = (last_in + first_out) / 2
+    limit = (bits - slice_bits[0] + 1e-4) / sum(slice_bits[1:]) * jnp.sum(cost)
+    first_out = cutoff(ranked, cost, limit)
+    last_in = jnp.min(jnp.where(ranked > first_out, ranked, jnp.inf))
     # At full depth nothing is left out; at depth one nothing is let in.
-    return jnp.where(jnp.isinf(last_in), jnp.inf, jnp.where(jnp.isinf(first_out), -jnp.inf, middle))
+    return jnp.where(jnp.isinf(last_in), jnp.inf, (last_in + first_out) / 2)
 
 
 def lookup(

@@ -33,15 +33,19 @@ from mobiquant_jax.calibration.config import Stage, stages
         (dict(end_epochs=-2), "calibration.end_epochs=-2 must be finite and not negative"),
         (dict(fit_epochs=-1), "calibration.fit_epochs=-1 must be finite and not negative"),
         (dict(recipe="paper", end_epochs=2), "calibration.end_epochs=2: the recipe 'paper' ends with the blocks"),
+        (dict(routed_epochs=-1), "calibration.routed_epochs=-1 must be finite and not negative"),
+        (dict(routed_weight_lr=float("inf")), "calibration.routed_weight_lr=inf must be finite and not negative"),
+        (dict(routed_router_lr=-1.0), "calibration.routed_router_lr=-1.0 must be finite and not negative"),
+        (dict(recipe="paper", routed_epochs=2), "calibration.routed_epochs=2: the recipe 'paper' ends with the blocks"),
+        (
+            dict(routed_epochs=2, threshold_scope="linear"),
+            "calibration.threshold_scope='linear': routers that routed_epochs train share one threshold, 'global'",
+        ),
         (dict(fine_epochs=-1), "calibration.fine_epochs=-1 must be finite and not negative"),
         (dict(recipe="paper", fine_above=4), "calibration.fine_above=4: the recipe 'paper' trains all slices together"),
         (dict(fine_epochs=2), "calibration.fine_epochs=2 needs fine_above below 8"),
         (dict(fine_above=9), "calibration.fine_above=9 exceeds the 8 bits of a code"),
         (dict(scale_width=1), "calibration.scale_width=1 is neither 0 nor a width from 2 to 8"),
-        (dict(fit_batch_size=2, slice_windows=3), "calibration.slice_windows=3 is no multiple of fit_batch_size=2"),
-        (dict(slice_windows=-1), "calibration.slice_windows=-1 must be finite and not negative"),
-        (dict(slice_windows=113), "calibration.slice_windows=113: routers are fitted to 112 windows only"),
-        (dict(recipe="paper", slice_windows=2), "calibration.slice_windows=2: the recipe 'paper' corrects no routers"),
         (dict(recipe="paper", scale_width=3), "calibration.scale_width=3: the recipe 'paper' scales no channels"),
         (dict(end_generated_share=1.5), "calibration.end_generated_share=1.5 is outside 0..1"),
         (dict(end_generated_windows=-1), "calibration.end_generated_windows=-1 must be finite and not negative"),
@@ -110,6 +114,15 @@ def test_the_finer_slices_refine_a_width_that_there_is():
         fine.check_slices((2, 4, 2))
     with pytest.raises(ValueError, match=r"^calibration.budgets \(3.0, 4.0, 8.0\) are all above fine_above=2$"):
         dataclasses.replace(fine, fine_above=2).check_slices((2, 2, 4))
+
+
+def test_routed_tuning_needs_slices_to_choose_from():
+    routed = CalibrationConfig(windows=24, budgets=(2.0, 4.0, 8.0), threshold_windows=1, fine_above=4, routed_epochs=1)
+    routed.check_slices((2, 2, 4))
+    assert (routed.coarse_depth((2, 2, 4)), routed.coarse_depth((2, 1, 1, 4))) == (2, 3)
+    assert "calibration.end_batch_size" in routed.batches
+    with pytest.raises(ValueError, match=r"^calibration.fine_above=2: routed_epochs needs two slices below it"):
+        dataclasses.replace(routed, fine_above=2, budgets=(2.0, 4.0, 8.0)).check_slices((2, 2, 4))
 
 
 def test_samples_per_budget():

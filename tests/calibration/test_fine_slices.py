@@ -137,11 +137,11 @@ def test_it_brings_full_depth_nearer_to_the_unquantized_model(begun, tuned, pack
 
 def test_each_stage_draws_the_widths_that_are_its_own(make_tuner, elastic):
     rng = np.random.default_rng(72)
-    finer = make_tuner().draw_widths(rng)
+    finer = make_tuner().draw_steps(rng)
     assert set(finer) == {width for width in widths(elastic.slice_bits) if width > FINAL}
-    coarse = make_tuner(kind=EndToEndTrainer, budgets=(4.0, 8.0)).draw_widths(rng)
+    coarse = make_tuner(kind=EndToEndTrainer, budgets=(4.0, 8.0)).draw_steps(rng)
     assert set(coarse) == {4}
-    every = make_tuner(kind=EndToEndTrainer, budgets=(4.0, 8.0), fine_above=8, fine_epochs=0).draw_widths(rng)
+    every = make_tuner(kind=EndToEndTrainer, budgets=(4.0, 8.0), fine_above=8, fine_epochs=0).draw_steps(rng)
     assert set(every) == {4, 8}
 
 

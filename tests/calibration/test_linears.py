@@ -3,6 +3,7 @@
 Seeds are fixed: one weight in 10^5 lies so near a bin's edge that two ways to round it differ.
 """
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -74,6 +75,21 @@ def test_routed_linear_equals_the_packed_one_at_the_same_masks(slice_bits):
         np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
         depths |= set(np.unique(state["stats"]["bits"][0]))
     assert depths == set(np.cumsum(slice_bits))
+
+
+def test_a_routed_linear_of_fewer_slices_is_the_whole_one_whose_further_gates_are_shut():
+    rng = np.random.default_rng(45)
+    slice_bits = (2, 1, 1, 4)
+    params, elastic = random_linear(rng, len(slice_bits)), elastic_of(slice_bits)
+    x = jnp.asarray(rng.normal(size=(4, 9, IN)), jnp.float32)
+    shut = dataclasses.replace(params["router"], output_bias=params["router"].output_bias.at[-1].set(-1e30))
+    whole, first = (RoutedLinear(features=OUT, elastic=elastic, depth=depth) for depth in (None, 3))
+    for policy in policies(4, 3)[:2]:
+        y, state = first.apply({"params": params}, x, policy, mutable=["stats"])
+        expected, expected_state = whole.apply({"params": params | {"router": shut}}, x, policy, mutable=["stats"])
+        np.testing.assert_array_equal(state["stats"]["bits"][0], expected_state["stats"]["bits"][0])
+        np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+        assert len(np.unique(state["stats"]["bits"][0])) > 1
 
 
 def test_nested_linear_equals_the_packed_weight_at_every_width():

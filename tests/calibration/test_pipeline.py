@@ -21,13 +21,13 @@ from mobiquant_jax.calibration.distillation import Distiller
 from mobiquant_jax.calibration.fine_slices import FineTuner
 from mobiquant_jax.calibration.linears import trainable
 from mobiquant_jax.calibration.routers import RouterState, RouterTrainer, routers_of
-from mobiquant_jax.calibration.run_dir import FINE, TUNING
-from mobiquant_jax.calibration.slice_gains import add_offsets
+from mobiquant_jax.calibration.run_dir import FINE, ROUTED, TUNING
+from mobiquant_jax.calibration.thresholds import collect_scores
 from mobiquant_jax.io.checkpoint import abstract_variables
 from mobiquant_jax.models import Block
-from mobiquant_jax.models.elastic import ElasticLinear
+from mobiquant_jax.models.elastic import ElasticConfig, ElasticLinear, ElasticModel
 from mobiquant_jax.quant import SlicedWeight
-from mobiquant_jax.routing import BatchBudget, Router
+from mobiquant_jax.routing import BatchBudget, Router, UniformDepth
 
 
 class Recorder:
@@ -255,6 +255,7 @@ def test_a_full_disk_ends_the_run_with_what_was_saved(calibrator, trained, recor
     ("stage", "epochs", "titles"),
     [
         (TUNING, dict(end_epochs=2), ["end to end"] * 2),
+        (ROUTED, dict(routed_epochs=2), ["routed"] * 2),
         (FINE, dict(fine_above=4, fine_epochs=2), ["finer slices"] * 2),
         (FINE, dict(fine_above=4, end_epochs=1, fine_epochs=2), ["finer slices"] * 2),
     ],
@@ -388,23 +389,49 @@ def test_finer_slices_of_scaled_channels_start_from_the_scaled_weights(calibrato
     assert near > 0.6 > 2 * other  # where the bins allow it: within a step of the 8-bit code
 
 
-def test_fitted_routers_are_corrected_by_whole_slices(calibrator, trained, recorded, params, windows, monkeypatch):
-    """After the last epoch, once, where the recipe names windows for it; what was measured is logged."""
-    measured = {"divergences": [0.5, 0.0], "expected": [1.0], "offsets": [-2.0]}
+def test_routers_that_were_tuned_keep_their_scores_and_finer_slices_come_after_them(
+    calibrator, trained, recorded, params, windows, monkeypatch
+):
+    """The first routers enter routed tuning with thresholds that rise as budgets fall; its routers leave the run."""
+    seen = {}
 
-    def correct(trainer, routers, variables):
-        return add_offsets(routers, -2.0), measured
+    def start(trainer, variables):
+        seen.setdefault("kept", []).append(trainer.kept)
+        return start_routers(trainer, variables)
 
-    monkeypatch.setattr(RouterTrainer, "correct", correct)
-    plain, corrected = (calibrator(name, Recorder(), slice_windows=count) for name, count in (("a", 0), ("b", 2)))
-    biases = [
-        np.asarray(run.calibrate(params, windows)["params"]["layers"]["mlp"]["up_proj"]["router"].output_bias)
-        for run in (plain, corrected)
-    ]
-    np.testing.assert_allclose(biases[1] - biases[0], np.full_like(biases[0], -2.0), atol=1e-4)
-    lines = [json.loads(line) for line in (corrected.run.path / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1].items() >= measured.items() and lines[-1]["slices"] == 2
-    assert "offsets" not in (plain.run.path / "metrics.jsonl").read_text()
+    def fit(trainer, state, variables, index):
+        return state, True
+
+    def epoch(self, state, dense, index):
+        seen["tuner"] = self
+
+        def move(path, leaf):
+            return leaf + 7.0 if getattr(path[-1], "name", "") == "output_bias" else leaf
+
+        params = jax.tree_util.tree_map_with_path(move, state.params)
+        seen["bias"] = np.asarray(params["mlp"]["up_proj"]["router"].output_bias)
+        return dataclasses.replace(state, params=params), 0.5, True
+
+    monkeypatch.setattr(RouterTrainer, "start", start)
+    monkeypatch.setattr(RouterTrainer, "epoch", fit)
+    monkeypatch.setattr(Distiller, "epoch", epoch)
+    run = calibrator("run", Recorder(), budgets=(2.0, 4.0), fine_above=4, routed_epochs=1)
+    run = dataclasses.replace(
+        run, elastic=ElasticConfig(group_size=8, slice_bits=(2, 2, 4), router_hidden_size=4, budget_grid=(2, 3, 4, 8))
+    )
+    variables = run.calibrate(params, windows)
+    assert seen["kept"] == [0, 1]
+    tuner = seen["tuner"]
+    assert tuner.budgets == (2, 3, 4) and tuner.thresholds[0] == np.inf and tuner.thresholds[2] == -np.inf
+    assert np.isfinite(tuner.thresholds[1])
+    router = variables["params"]["layers"]["mlp"]["up_proj"]["router"]
+    np.testing.assert_array_equal(router.output_bias[:, 0], seen["bias"][:, 0])
+    lowered = seen["bias"][:, 1] - np.asarray(router.output_bias[:, 1])
+    np.testing.assert_allclose(lowered, np.full_like(lowered, lowered[0]), rtol=1e-4)
+    model = ElasticModel(config=run.config, elastic=run.elastic, variables=variables)
+    scores = collect_scores(model, variables, jnp.asarray(recorded[0]), UniformDepth(depth=jnp.array([2])))
+    coarse, finer = (np.concatenate([np.ravel(s[..., index]) for s in scores.values()]) for index in (0, 1))
+    assert np.quantile(finer, 0.995) < np.quantile(coarse, 0.005)
 
 
 def test_activations_that_are_not_finite_are_named_and_leave_no_scales(calibrator, trained, params, windows):

@@ -178,6 +178,34 @@ def test_a_step_that_is_not_finite_is_left_out(model, trainer, start):
     jax.tree.map(np.testing.assert_array_equal, state.routers, start().routers)
 
 
+def test_scores_that_are_kept_stay_and_the_others_are_fitted(random_elastic, recipe):
+    """The last slice's score starts at its mean gain and is fitted with the hidden units as they are."""
+    elastic = ElasticConfig(group_size=8, slice_bits=(4, 2, 2), router_hidden_size=4, budget_grid=(4.0, 6.0, 8.0))
+    model = random_elastic(66, elastic, vocab_size=61, hidden_size=16, intermediate_size=24, num_attention_heads=2)
+    windows = np.random.default_rng(67).integers(0, 61, (4, 16)).astype(np.int32)
+    calibration = recipe(fit_batch_size=2, fit_epochs=1, fit_lr=0.1, budgets=(4.0, 8.0))
+    trainer = RouterTrainer(model=model, calibration=calibration, windows=windows, kept=1)
+    assert trainer._budgets == (8.0,)
+    state = trainer.start(model.variables)
+    gradients = trainer._measure(state.routers, model.variables, trainer._plan(0, 1))
+    before = jax.device_get(state.routers)
+    after, healthy = trainer.epoch(state, model.variables, 0)
+    assert healthy
+    for part, name in (path.split("/") for path in model.config.linear_shapes()):
+        first, started, fitted = (
+            tree[part][name]["router"] for tree in (routers_of(model.variables), before, after.routers)
+        )
+        np.testing.assert_allclose(gradients[part][name]["router"].output_bias, 0, atol=1e-4)
+        for field in ("hidden", "magnitude", "hidden_bias"):
+            for router in (started, fitted):
+                np.testing.assert_array_equal(getattr(router, field), getattr(first, field))
+        for field in ("output", "output_bias"):
+            old, start, new = (np.asarray(getattr(router, field)) for router in (first, started, fitted))
+            np.testing.assert_array_equal(start[..., 0], old[..., 0])
+            np.testing.assert_array_equal(new[..., 0], old[..., 0])
+            assert np.any(new[..., 1] != start[..., 1])
+
+
 @pytest.fixture(scope="module")
 def gains_of(random_elastic):
     """``(bits, draws) -> [L, N, E-1]``: the mean gain of every slice, of a model whose linears differ in size."""

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from mobiquant_jax.calibration import record_thresholds
+from mobiquant_jax.calibration.thresholds import collect_scores, shared_thresholds
 from mobiquant_jax.models import Llama
 from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel
-from mobiquant_jax.routing import FixedThreshold, TableBudget
+from mobiquant_jax.routing import BatchBudget, FixedThreshold, TableBudget
 
 # No token twice: two of a kind have one score in the first layer, and a threshold lets in both or neither.
 WINDOWS = np.random.default_rng(50).permutation(97)[:96].reshape(2, 48).astype(np.int32)
@@ -75,8 +76,9 @@ def test_every_linear_meets_every_budget(model, sown):
                 below = ranked[ranked <= threshold].max()  # the next score to be let in would break the budget
                 assert bits_at(scores[layer], np.nextafter(below, -np.inf), slice_bits) > budget + 1e-4
                 if len(set(slice_bits)) == 1:
-                    level, step = (8 - budget) / (8 - slice_bits[0]), 1.5 / ranked.size
-                    lower, upper = np.quantile(ranked, [max(level - step, 0), min(level + step, 1)])
+                    # Of a token's slices that tie none is let in unless all are.
+                    level, step, tie = (8 - budget) / (8 - slice_bits[0]), 1.5 / ranked.size, 3 / ranked.size
+                    lower, upper = np.quantile(ranked, [max(level - step, 0), min(level + step + tie, 1)])
                     assert lower <= threshold <= upper
     for path, table in recorded.items():
         assert np.all(np.isfinite(table)), path  # interpolation reaches both ends
@@ -104,3 +106,34 @@ def test_an_unquantized_model_has_no_thresholds(model):
     assert isinstance(dense.module, Llama)
     with pytest.raises(ValueError, match="^an unquantized model has no thresholds to record$"):
         record_thresholds(dense, WINDOWS)
+
+
+def test_shared_thresholds_are_quantiles_of_all_linears_scores(model, sown):
+    """Of the first slices only; each token as heavy as its linear is large."""
+    depth = 3
+    slice_bits = model.elastic.slice_bits[:depth]
+    lowest, highest = slice_bits[0], sum(slice_bits)
+    budgets = (float(lowest), lowest + 1.0, highest - 0.5, float(highest))
+    found = shared_thresholds(model, WINDOWS, budgets, depth)
+    assert found.shape == (4,)
+    assert found[0] == np.inf and found[-1] == -np.inf and found[1] > found[2]
+
+    middle = BatchBudget(bits=jnp.float32((lowest + highest) / 2))
+    scores = jax.jit(lambda v: collect_scores(model, v, jnp.asarray(WINDOWS), middle))(model.variables)
+    sizes = {path: rows * columns for path, (rows, columns) in model.config.linear_shapes().items()}
+    read, weight = np.zeros(2), 0
+    for path, of_linear in scores.items():
+        coarse = np.asarray(of_linear, np.float64)[..., : depth - 1]
+        read += sizes[path] * np.array([bits_at(coarse, threshold, slice_bits) for threshold in found[1:3]])
+        weight += sizes[path]
+    np.testing.assert_allclose(read / weight, budgets[1:3], atol=0.02)
+
+
+def test_scores_are_collected_a_window_at_a_time_in_the_order_of_the_windows(model):
+    policy = FixedThreshold(threshold=jnp.zeros(()))
+    collect = jax.jit(lambda tokens: collect_scores(model, model.variables, tokens, policy))
+    both, alone = collect(jnp.asarray(WINDOWS)), [collect(jnp.asarray(WINDOWS[i : i + 1])) for i in range(2)]
+    for path, scores in both.items():
+        assert scores.shape[1:3] == WINDOWS.shape
+        for index in range(2):
+            np.testing.assert_allclose(scores[:, index : index + 1], alone[index][path], rtol=1e-5, atol=1e-5)

@@ -1,0 +1,29 @@
+"""Two tiers of slices: how far the finer one reaches into the coarse one, and where it lies afterwards."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mobiquant_jax.calibration.tiers import TAIL, lower_finer, overlap
+from mobiquant_jax.routing import Router, prefix_scores, score
+
+
+def test_lowered_by_their_overlap_finer_slices_come_after_coarse_ones():
+    rng = np.random.default_rng()
+    shift = np.array([2.0, 1.0, 4.0, 3.0])  # the third slice would come before the first two
+    scores = {name: jnp.asarray(rng.normal(size=(2, 3, 400, 4)) + shift, jnp.float32) for name in ("a", "b")}
+    by = float(overlap(scores, 2))
+    coarse = np.concatenate([np.min(np.asarray(s)[..., :2], axis=-1).ravel() for s in scores.values()])
+    finer = np.concatenate([np.asarray(s)[..., 2].ravel() for s in scores.values()])
+    assert by > 3
+    border = np.quantile(coarse, TAIL, method="inverted_cdf")
+    np.testing.assert_allclose(np.quantile(finer, 1 - TAIL, method="inverted_cdf") - by, border, rtol=1e-5)
+    assert np.mean(finer - by > border) < 1.5 * TAIL
+    assert np.mean(np.concatenate([prefix_scores(s)[..., 3].ravel() for s in scores.values()]) - by > border) <= TAIL
+
+
+def test_only_the_finer_slices_scores_are_lowered():
+    router = Router.create(jax.random.key(0), 8, 4, 5)
+    x = jax.random.normal(jax.random.key(1), (7, 8))
+    lowered = lower_finer({"mlp": {"up_proj": {"router": router}}}, jnp.float32(2.5), 2)["mlp"]["up_proj"]["router"]
+    np.testing.assert_allclose(score(lowered, x) - score(router, x), np.tile([0, 0, -2.5, -2.5], (7, 1)), atol=1e-5)

@@ -5,8 +5,8 @@
 
 Needs no accelerator, but the TPU compiler: pip install 'mobiquant_jax[tpu]'. Training runs the recipe's windows a step
 (--config.calibration.batch_size, end_batch_size, fit_batch_size): fewer than data x fsdp leave chips without windows
-of their own. Tuning, that of the finer slices and fitting are part of the recipe where --config.calibration.end_epochs,
-fine_epochs and fit_epochs are positive.
+of their own. Tuning, by width and routed, that of the finer slices and fitting are part of the recipe where
+--config.calibration.end_epochs, routed_epochs, fine_epochs and fit_epochs are positive.
 """
 
 import dataclasses

@@ -13,6 +13,7 @@ On several hosts, start the same command on each: Slurm, Kubernetes and TPU pods
 import dataclasses
 import json
 import time
+from functools import partial
 from typing import Any
 
 import jax
@@ -35,6 +36,7 @@ from mobiquant_jax.evaluation import (
     perplexity_curve,
     plot_curve,
     plot_token_bits,
+    print_result,
     write_json,
 )
 from mobiquant_jax.experiment import (
@@ -75,7 +77,7 @@ def main(_: list[str]) -> None:
     config = CONFIG.value
     elastic = load_elastic(config)
     calibration = load_calibration(config)
-    calibration.check_slices(elastic.slice_bits)
+    calibration.check_slices(elastic.slice_bits, elastic.budget_grid)
     _check_evaluation(config.evaluation, elastic)
     elastic.check_model(load_architecture(config))  # before the weights are read
     mesh = load_mesh(config)
@@ -172,8 +174,9 @@ def _show(
     batch_size = config.evaluation.batch_size
     assert model.placement is not None, "the model lies on the run's mesh"
     dense = dataclasses.replace(dense, variables=model.placement.put(dense.variables))
-    reference = perplexity_curve(dense, heldout, [None], batch_size=batch_size)
-    results = perplexity_curve(model, heldout, config.evaluation.bits, batch_size=batch_size) + reference
+    measure = partial(perplexity_curve, windows=heldout, batch_size=batch_size, progress=print_result)
+    reference = measure(dense, bits_list=[None])
+    results = measure(model, bits_list=config.evaluation.bits) + reference
     print(format_table(results))
     if distributed.is_main():
         write_json(run_dir.path / "curve.json", results)

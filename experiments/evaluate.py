@@ -10,7 +10,7 @@ from absl import flags
 
 from mobiquant_jax.config_flags import run
 from mobiquant_jax.data import SPLITS, load_token_ids, token_windows
-from mobiquant_jax.evaluation import PerplexityResult, format_table, parse_bits, perplexity_curve, write_json
+from mobiquant_jax.evaluation import format_table, parse_bits, perplexity_curve, print_result, write_json
 from mobiquant_jax.io.load import load_model
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "folder of an elastic checkpoint")
@@ -47,16 +47,11 @@ def main(_: list[str]) -> None:
     windows = token_windows(ids, length, limit=WINDOWS.value, vocab_size=model.config.vocab_size)
     print(f"{DATA.value} ({split}): {len(windows)} windows of {length} tokens", file=sys.stderr)
     results = perplexity_curve(
-        model, windows, bits_list if model.is_elastic else [None], batch_size=BATCH_SIZE.value, progress=_show
+        model, windows, bits_list if model.is_elastic else [None], batch_size=BATCH_SIZE.value, progress=print_result
     )
     print(format_table(results))
     if JSON.value:
         write_json(JSON.value, results)
-
-
-def _show(result: PerplexityResult) -> None:
-    bits = "unquantized" if result.bits is None else f"{result.bits:g} bits"
-    print(f"  {bits}: perplexity {result.perplexity:.3f} in {result.seconds:.1f} s", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -140,6 +140,7 @@ def test_training_is_split_over_the_mesh_and_gives_back_the_state_it_takes():
         (dict(end_epochs=0), ["calibration", "routed", "fine", "fitting"]),
         (dict(routed_epochs=0, fine_epochs=0), ["calibration", "tuning", "fitting"]),
         (dict(fit_epochs=0), ["calibration", "tuning", "routed", "fine"]),
+        (dict(fine_above=8, fine_epochs=0), ["calibration", "tuning", "routed"]),
         (dict(recipe="paper", end_epochs=0, routed_epochs=0, fine_epochs=0, fine_above=8), ["calibration"]),
     ],
 )

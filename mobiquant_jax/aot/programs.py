@@ -57,11 +57,12 @@ def training_programs(
         makers.append(partial(_distillation, "tuning", EndToEndTrainer))
     if calibration.routed_epochs:
         budget = float(elastic.slice_bits[0])
-        kind = partial(RoutedTrainer, budgets=(budget,), thresholds=(0.0,))
+        kind = partial(RoutedTrainer, pairs=np.array([[budget, 0.0]]))
         makers.append(partial(_distillation, "routed", kind))
     if calibration.fine_epochs:
         makers.append(partial(_distillation, "fine", FineTuner))
-    if calibration.recipe == "elastic" and calibration.fit_epochs:
+    fits = calibration.tuned_scores(elastic.slice_bits) < len(elastic.slice_bits) - 1
+    if calibration.recipe == "elastic" and calibration.fit_epochs and fits:
         makers.append(_fitting)
     return [make(config, elastic, calibration, mesh) for make in makers]
 
@@ -124,7 +125,8 @@ def _distillation(
 
 def _fitting(config: LlamaConfig, elastic: ElasticConfig, calibration: CalibrationConfig, mesh: Mesh) -> Program:
     windows = np.zeros((calibration.windows - calibration.threshold_windows, calibration.window_length), np.int32)
-    trainer = RouterTrainer(model=_elastic(config, elastic, mesh), calibration=calibration, windows=windows)
+    kept = calibration.tuned_scores(elastic.slice_bits)
+    trainer = RouterTrainer(model=_elastic(config, elastic, mesh), calibration=calibration, windows=windows, kept=kept)
     function, arguments = trainer.abstract_epoch
     return Program(
         name="fitting",

@@ -23,7 +23,7 @@ class CalibrationConfig:
         windows: calibration windows; a multiple of the number of budgets.
         window_length: tokens a window.
         batch_size: windows a step; all at one budget.
-        budgets: average bits that the windows are streamed and trained at.
+        budgets: average bits that the windows are streamed at, and that all stages but routed tuning train at.
         budgets_per_window: at how many of the budgets each window is streamed.
         scale_width: bits at which channel scales are to be right (`channel_scales`); 0 for none.
         epochs: epochs of a block's training.
@@ -42,7 +42,8 @@ class CalibrationConfig:
         end_generated_windows: windows that the unquantized model writes itself to learn from; 0 for none.
         end_generated_share: share of them in each epoch's windows.
         routed_epochs: epochs of tuning weights, clipping and routers together after it, tokens at the depths that the
-            routers choose; see `routed_tuning`. Batches, windows and saves are those of end-to-end tuning.
+            routers choose; see `routed_tuning`. Budgets are those of ``router.budget_grid`` up to ``fine_above``, and
+            windows those that thresholds are not recorded on; batches and saves are as in end-to-end tuning.
         routed_weight_lr: peak learning rate of the weights in it; 0 freezes them.
         routed_clipping_lr: of the clipping logits.
         routed_router_lr: of the routers.
@@ -55,11 +56,12 @@ class CalibrationConfig:
         end_save_seconds: its state, like that of every stage after it, is saved after the first epoch that ends so long
             after the last save, since saving may take longer than an epoch: a kill costs this and an epoch of each.
         fit_epochs: epochs of fitting all routers together to what their slices gain, once the weights are final; with
-            0 they know their input's magnitude and their linear's mean gain. The recipe "paper" keeps the blocks' own.
+            0 they know their input's magnitude and their linear's mean gain. After routed tuning only the scores of
+            finer slices are fitted; those know the mean gain alone with 0. The recipe "paper" keeps the blocks' own.
             Needs memory for the whole packed model, and for the logits and activations of ``fit_batch_size`` windows.
         fit_batch_size: windows a step of it.
         fit_lr: peak learning rate of the routers in it.
-        temperature: of the gates' surrogate gradient (recipe "paper").
+        temperature: of the gates' surrogate gradient (recipe "paper" and routed tuning).
         dtype: type of the matmuls in training, ``"float32"`` or ``"bfloat16"``; parameters and errors are float32.
         streams: where the activations of all windows are kept: ``"device"``, split over the devices' memory, or
             ``"host"``, whole in each process's, from where a batch at a time goes to the devices. The steps are the
@@ -141,6 +143,11 @@ class CalibrationConfig:
         for name in ("end_epochs", "routed_epochs"):
             if self.recipe == "paper" and getattr(self, name):
                 raise ValueError(f"calibration.{name}={getattr(self, name)}: the recipe 'paper' ends with the blocks")
+        if self.routed_epochs and self.end_batch_size > self.windows - self.threshold_windows:
+            raise ValueError(
+                f"calibration.end_batch_size={self.end_batch_size}: routed_epochs trains on"
+                f" {self.windows - self.threshold_windows} windows only"
+            )
         if self.routed_epochs and self.threshold_scope != "global":
             raise ValueError(
                 f"calibration.threshold_scope={self.threshold_scope!r}: routers that routed_epochs train share one"
@@ -174,13 +181,22 @@ class CalibrationConfig:
                 f"calibration.threshold_windows={self.threshold_windows} is outside 1..{self.windows - fitted}{beside}"
             )
 
-    def check_slices(self, slice_bits: tuple[int, ...]) -> None:
-        """Raises ValueError unless every budget can be met: none lies below the first slice's bits."""
+    def check_slices(self, slice_bits: tuple[int, ...], budget_grid: tuple[float, ...]) -> None:
+        """Raises ValueError unless the stages can train what they are to.
+
+        No budget lies below the first slice's bits, ``fine_above`` is a width that slices refine, and routed tuning has
+        depths to choose from and a budget at which to choose.
+        """
         if min(self.budgets) < slice_bits[0]:
             raise ValueError(f"calibration.budgets {self.budgets} start below the first slice's {slice_bits[0]} bits")
         if self.routed_epochs and self.coarse_depth(slice_bits) < 2:
             raise ValueError(
                 f"calibration.fine_above={self.fine_above}: routed_epochs needs two slices below it to choose from"
+            )
+        if self.routed_epochs and not any(slice_bits[0] < bits < self.fine_above for bits in budget_grid):
+            raise ValueError(
+                f"router.budget_grid {budget_grid} has nothing between {slice_bits[0]} and fine_above="
+                f"{self.fine_above} bits for routed_epochs to train at"
             )
         if not self.has_finer_slices:
             return
@@ -189,7 +205,7 @@ class CalibrationConfig:
             raise ValueError(
                 f"calibration.fine_above={self.fine_above} is none of the widths {final} that slices refine"
             )
-        if self.distils_coarse and not self.tuned_budgets:
+        if self.end_epochs and not self.tuned_budgets:
             raise ValueError(f"calibration.budgets {self.budgets} are all above fine_above={self.fine_above}")
 
     @property
@@ -200,6 +216,10 @@ class CalibrationConfig:
     def coarse_depth(self, slice_bits: tuple[int, ...]) -> int:
         """How many slices end-to-end tuning trains."""
         return sum(width <= self.fine_above for width in widths(slice_bits))
+
+    def tuned_scores(self, slice_bits: tuple[int, ...]) -> int:
+        """Of how many slices, from the second on, routed tuning trains the scores, for good."""
+        return self.coarse_depth(slice_bits) - 1 if self.routed_epochs else 0
 
     @property
     def distils_coarse(self) -> bool:

@@ -76,7 +76,7 @@ class Observer(Protocol):
         """So many texts of the unquantized model are written."""
 
     def on_tuned(self, stage: str, epoch: int, epochs: int, divergence: float, healthy: bool, seconds: float) -> None:
-        """An epoch of end-to-end tuning, or of the finer slices, is done; ``healthy`` unless a step was left out."""
+        """An epoch of tuning, routed too or of finer slices, is done; ``healthy`` unless a step was left out."""
 
     def on_fitted(self, epoch: int, epochs: int, healthy: bool, seconds: float) -> None:
         """An epoch of fitting the routers is done; ``healthy`` as above."""
@@ -132,7 +132,7 @@ class Calibrator:
         cal = self.calibration
         if windows.shape != (cal.windows, cal.window_length):
             raise ValueError(f"windows {windows.shape} are not the recipe's {(cal.windows, cal.window_length)}")
-        cal.check_slices(self.elastic.slice_bits)
+        cal.check_slices(self.elastic.slice_bits, self.elastic.budget_grid)
         self.elastic.check_model(self.config)
         self.placement.check(**cal.batches)
         with jax.set_mesh(self.mesh):
@@ -285,18 +285,7 @@ class Calibrator:
             dtype=jnp.dtype(cal.dtype),
             mesh=self.mesh,
         )
-        if cal.distils_coarse:
-            tuner = EndToEndTrainer(**common)
-
-            def blocks() -> Params:
-                return stack_blocks(self._trained_blocks(trainer), self.config.num_hidden_layers, self.placement)
-
-            coarse = self._distil(tuner, blocks, dense, TUNING, "end to end", cal.end_epochs)
-            if cal.routed_epochs:
-                coarse = self._tune_routed(common, coarse, self._model(dense, tuner.pack(coarse)), dense)
-            layers = tuner.pack(coarse)
-        else:
-            layers = self._packed_blocks(trainer)
+        layers = self._tune_coarse(trainer, common, dense) if cal.distils_coarse else self._packed_blocks(trainer)
         if cal.has_finer_slices:
             fine = FineTuner(**common)
 
@@ -311,24 +300,57 @@ class Calibrator:
             layers = layers | {"slices": fine.slices(tuned)}
         return layers
 
-    def _tune_routed(self, common: dict[str, Any], coarse: Params, model: ElasticModel, dense: Params) -> Params:
-        """The blocks' parameters, routers too, after routed tuning; ``model`` is the packed one before it."""
+    def _tune_coarse(self, trainer: BlockTrainer, common: dict[str, Any], dense: Params) -> Params:
+        """The packed layers after tuning at uniform widths, and then routed."""
         cal = self.calibration
+        tuner = EndToEndTrainer(**common)
+
+        def blocks() -> Params:
+            return stack_blocks(self._trained_blocks(trainer), self.config.num_hidden_layers, self.placement)
+
+        def uniform() -> Params:
+            return self._distil(tuner, blocks, dense, TUNING, "end to end", cal.end_epochs)
+
+        if not cal.routed_epochs:
+            return tuner.pack(uniform())
         recorded, others = self._split_windows(common["windows"])
-        fitter = RouterTrainer(model=dataclasses.replace(model, dtype=common["dtype"]), calibration=cal, windows=others)
-        routers = fitter.start(model.variables).routers
-        model = dataclasses.replace(model, variables=with_routers(model.variables, routers))
-        budgets = tuple(bits for bits in self.elastic.budget_grid if bits <= cal.fine_above)
-        thresholds = shared_thresholds(model, recorded, budgets, cal.coarse_depth(self.elastic.slice_bits))
-        tuner = RoutedTrainer(**common, budgets=budgets, thresholds=tuple(thresholds.tolist()))
+
+        def start() -> Params:
+            params = uniform()
+            model = self._model(dense, tuner.pack(params))
+            routers = self._first_routers(model, recorded, others)
+            return params | {
+                part: {name: linear | routers[part][name] for name, linear in params[part].items()} for part in routers
+            }
+
+        # Only where they are missing, and kept no longer than until training takes them.
+        started = [] if distributed.from_main(int(self.run.thresholds.is_file())) else [start()]
+        routed = RoutedTrainer(**(common | {"windows": others}), pairs=np.load(self.run.thresholds))
 
         def begin() -> Params:
-            routed = {
-                part: {name: linear | routers[part][name] for name, linear in coarse[part].items()} for part in routers
-            }
-            return coarse | routed
+            return started.pop() if started else start()
 
-        return self._distil(tuner, begin, dense, ROUTED, "routed", cal.routed_epochs)
+        return tuner.pack(self._distil(routed, begin, dense, ROUTED, "routed", cal.routed_epochs))
+
+    def _first_routers(
+        self, model: ElasticModel, recorded: Int[np.ndarray, "n T"], others: Int[np.ndarray, "m T"]
+    ) -> Routers:
+        """Those that routed tuning starts from; their thresholds are on disk before anything depends on them."""
+        cal = self.calibration
+        fitter = RouterTrainer(
+            model=dataclasses.replace(model, dtype=jnp.dtype(cal.dtype)),
+            calibration=cal,
+            windows=others,
+            most_bits=cal.fine_above,
+        )
+        routers = fitter.start(model.variables).routers
+        if not distributed.from_main(int(self.run.thresholds.is_file())):
+            model = dataclasses.replace(model, variables=with_routers(model.variables, routers))
+            budgets = tuple(bits for bits in self.elastic.budget_grid if bits <= cal.fine_above)
+            found = shared_thresholds(model, recorded, budgets, cal.coarse_depth(self.elastic.slice_bits))
+            pairs = np.stack([budgets, found], axis=-1)
+            distributed.on_main(f"saving '{self.run.thresholds}'", partial(self.run.save_thresholds, pairs))
+        return routers
 
     def _distil(
         self, distiller: Distiller, first: Callable[[], Params], dense: Params, stage: str, title: str, epochs: int
@@ -360,13 +382,14 @@ class Calibrator:
         recorded, others = np.split(shuffled, [self.calibration.threshold_windows])
         return recorded, others
 
-    def _fit_routers(self, model: ElasticModel, windows: Int[np.ndarray, "W T"]) -> Variables:
+    def _fit_routers(
+        self, model: ElasticModel, recorded: Int[np.ndarray, "n T"], others: Int[np.ndarray, "m T"]
+    ) -> Variables:
         """The variables with routers fitted to them: all or, after routed tuning, what scores the finer slices."""
         cal = self.calibration
-        kept = cal.coarse_depth(self.elastic.slice_bits) - 1 if cal.routed_epochs else 0
+        kept = cal.tuned_scores(self.elastic.slice_bits)
         if kept == len(self.elastic.slice_bits) - 1:
             return model.variables
-        recorded, others = self._split_windows(windows)
         trainer = RouterTrainer(
             model=dataclasses.replace(model, dtype=jnp.dtype(cal.dtype)), calibration=cal, windows=others, kept=kept
         )
@@ -387,7 +410,9 @@ class Calibrator:
                 coarse = UniformDepth(depth=jnp.array([kept + 1]))
                 return overlap(collect_scores(model, with_routers(variables, routers), tokens, coarse), kept)
 
-            by = measure(routers, model.variables, self.placement.put_batch(recorded))
+            by = float(measure(routers, model.variables, self.placement.put_batch(recorded)))
+            if not np.isfinite(by):
+                raise ValueError(f"the routers' scores of finer slices reach {by} nats into those of coarse ones")
             routers = lower_finer(routers, by, kept)
         return with_routers(model.variables, routers)
 
@@ -413,9 +438,9 @@ class Calibrator:
         """Puts the untouched parts around the packed layers, fits their routers and records thresholds."""
         around = self.placement.put({name: part for name, part in params.items() if name != "layers"})
         model = self._model(around, layers)
+        recorded, others = self._split_windows(windows)
         if self.calibration.recipe == "elastic":
-            model = dataclasses.replace(model, variables=self._fit_routers(model, windows))
-        recorded, _ = self._split_windows(windows)
+            model = dataclasses.replace(model, variables=self._fit_routers(model, recorded, others))
         return record_thresholds(model, recorded, self.calibration.threshold_scope, self.observer.on_budget)
 
     def _model(self, params: Params, layers: Params) -> ElasticModel:

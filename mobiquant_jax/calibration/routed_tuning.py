@@ -38,14 +38,12 @@ class RoutedTrainer(EndToEndTrainer):
     """Tunes weights, clipping and routers of all blocks at once.
 
     Attributes:
-        budgets: average bits to train at, none above ``calibration.fine_above``.
-        thresholds: tau at each of them.
+        pairs: average bits to train at, none above ``calibration.fine_above``, and tau at each of them.
     """
 
     STREAM = 4_000_000
 
-    budgets: tuple[float, ...]
-    thresholds: tuple[float, ...]
+    pairs: Float[np.ndarray, "budgets 2"]
 
     @property
     def linear(self) -> Callable[..., nn.Module]:
@@ -62,9 +60,8 @@ class RoutedTrainer(EndToEndTrainer):
 
     def draw_steps(self, rng: np.random.Generator) -> Float[np.ndarray, "steps 2"]:
         """See `Distiller`: a budget and its threshold."""
-        pairs = np.stack([self.budgets, self.thresholds], axis=-1).astype(np.float32)
-        which = spread_budgets(tuple(range(len(pairs))), self.steps, rng)
-        return pairs[which.astype(np.int32)]
+        which = spread_budgets(tuple(range(len(self.pairs))), self.steps, rng)
+        return self.pairs[which.astype(np.int32)].astype(np.float32)
 
     def control(self, drawn: Float[Array, " 2"]) -> FixedThreshold:
         """See `Distiller`."""

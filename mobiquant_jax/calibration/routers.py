@@ -23,7 +23,7 @@ from mobiquant_jax.calibration.optimizer import FINAL_RATE, guarded_update
 from mobiquant_jax.calibration.samples import spread_budgets
 from mobiquant_jax.models import Llama
 from mobiquant_jax.models.elastic import ElasticModel, Variables
-from mobiquant_jax.quant import widths
+from mobiquant_jax.quant import CODE_BITS, widths
 from mobiquant_jax.routing import RandomDepth, Router
 from mobiquant_jax.sharding import Placement, one_device, place
 
@@ -93,12 +93,14 @@ class RouterTrainer:
         windows: calibration tokens, ``[W, T]``.
         kept: of so many slices, from the second on, the scores stay as they are; those of the others are fitted with
             the same hidden units.
+        most_bits: budgets above are left out.
     """
 
     model: ElasticModel
     calibration: CalibrationConfig
     windows: Int[np.ndarray, "W T"]
     kept: int = 0
+    most_bits: float = CODE_BITS
 
     @cached_property
     def placement(self) -> Placement:
@@ -167,10 +169,10 @@ class RouterTrainer:
 
     @property
     def _budgets(self) -> tuple[float, ...]:
-        """Those at which the slices to be fitted are read or nearly so."""
+        """Those at which the slices to be fitted are read or nearly so, and no others."""
         assert self.model.elastic is not None, "only an elastic model has routers"
         read = widths(self.model.elastic.slice_bits)[self.kept]
-        return tuple(bits for bits in self.calibration.budgets if bits >= read) or (float(read),)
+        return tuple(bits for bits in self.calibration.budgets if read <= bits <= self.most_bits) or (float(read),)
 
     def _plan(self, stream: int, steps: int) -> Any:
         """Tokens, budgets and seeds of so many steps, on the devices; windows come again where there are too few."""
@@ -228,8 +230,7 @@ class RouterTrainer:
 
         def center(router: Router, gradient: Router) -> Router:
             mean = jnp.maximum(1 - gradient.output_bias, 1e-6)  # gains are not negative, but sums of them round
-            shift = jnp.log(mean).at[..., : self.kept].set(0.0)
-            return dataclasses.replace(router, output_bias=router.output_bias + shift)
+            return dataclasses.replace(router, output_bias=router.output_bias + jnp.log(mean))
 
         def begin(routers: Routers, gradients: Routers) -> RouterState:
             routers = jax.tree.map(center, routers, gradients, is_leaf=_is_router)

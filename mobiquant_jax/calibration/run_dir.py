@@ -6,6 +6,7 @@ tree, which each process writes of its own devices.
 run.json       config, fingerprints of model and data, provenance
 generated.npy  windows that the unquantized model wrote, where the recipe wants some
 scales.npz     channel scales of the blocks so far, likewise
+thresholds.npy budgets that routed tuning trains at, and their thresholds, likewise
 blocks/NNN/    each finished block, until the checkpoint is complete
 tuning/NNN/    the last saved state of end-to-end tuning, until then too
 routed/NNN/    that of tuning weights and routers together
@@ -28,7 +29,7 @@ from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from mobiquant_jax import distributed
 from mobiquant_jax.calibration.channel_scales import ChannelScales, stack_scales
@@ -109,6 +110,17 @@ class RunDir:
         unfinished = self.scales.with_suffix(".unfinished.npz")
         np.savez(unfinished, **stack_scales(scales)._asdict())
         unfinished.replace(self.scales)
+
+    @property
+    def thresholds(self) -> Path:
+        """Budgets of routed tuning and their thresholds."""
+        return self.path / "thresholds.npy"
+
+    def save_thresholds(self, pairs: Float[np.ndarray, "budgets 2"]) -> None:
+        """Writes them; the file appears only once it is complete."""
+        unfinished = self.thresholds.with_suffix(".unfinished.npy")
+        np.save(unfinished, pairs)
+        unfinished.rename(self.thresholds)
 
     @property
     def profile(self) -> Path:

@@ -16,12 +16,19 @@ from jaxtyping import Array, Float, Int
 
 from mobiquant_jax.models import LlamaConfig
 from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel, Variables
-from mobiquant_jax.routing import BatchBudget, FixedThreshold, Policy, prefix_scores, threshold_for_bits
+from mobiquant_jax.routing import (
+    BatchBudget,
+    FixedThreshold,
+    Policy,
+    UniformDepth,
+    prefix_scores,
+    threshold_for_bits,
+)
 from mobiquant_jax.sharding import Placement, one_device
 
 RUNS = 2
 
-Scores = dict[str, Float[Array, "L n T E-1"]]
+Scores = dict[str, Float[Array, "*tokens E-1"]]
 """Router scores of every linear, by path."""
 
 
@@ -90,7 +97,7 @@ def _record_global(
         return _finite_threshold(flat, bits, elastic.slice_bits, weights)
 
     def first(variables: Variables, tokens: Int[Array, "n T"]) -> Scores:
-        return collect_scores(model, variables, tokens, BatchBudget(bits=jnp.float32(elastic.budget_grid[-2])))
+        return collect_scores(model, variables, tokens, UniformDepth(depth=jnp.array([len(elastic.slice_bits)])))
 
     def column(
         variables: Variables, tokens: Int[Array, "n T"], scores: Scores, bits: Float[Array, ""]
@@ -120,14 +127,14 @@ def shared_thresholds(
 
     Args:
         model: an elastic model with routers; where it has a placement, call under ``jax.set_mesh`` of its mesh. Its
-            scores are those of the model as it runs in the middle of the budgets.
+            scores are those of the model as it runs at the middle depth.
         windows: tokens.
         budgets: average bits; at the first slice's bits and at those of ``depth`` slices thresholds are infinite.
         depth: how many slices a token reads at most.
     """
     assert model.elastic is not None, "only an elastic model has routers"
     slice_bits = model.elastic.slice_bits[:depth]
-    middle = BatchBudget(bits=jnp.float32((min(budgets) + max(budgets)) / 2))
+    middle = UniformDepth(depth=jnp.array([(depth + 1) // 2]))
 
     def thresholds(variables: Variables, tokens: Int[Array, "n T"], budgets: Float[Array, " budgets"]) -> Array:
         scores = collect_scores(model, variables, tokens, middle)
@@ -149,15 +156,18 @@ def pool(config: LlamaConfig, scores: Scores) -> tuple[Float[Array, "n E-1"], Fl
 
 
 def collect_scores(model: ElasticModel, variables: Variables, tokens: Int[Array, "n T"], policy: Policy) -> Scores:
-    """Router scores of every linear under a policy, a window a device at a time."""
+    """Router scores of every linear, a window a device at a time, ``[steps, L, devices, T, E-1]``.
+
+    The policy must not depend on what else is in its batch, or scores would depend on the number of devices.
+    """
     shards = 1 if model.placement is None else math.gcd(len(tokens), model.placement.batch_shards)
     # Neighbours in the batch lie on one device: each step takes one window of every device's.
     steps = tokens.reshape(shards, -1, tokens.shape[1]).swapaxes(0, 1)  # [n / shards, shards, T]
-    found = jax.lax.map(lambda step: _scores(model, variables, step, policy), steps)  # [n / shards, L, shards, T, E-1]
-    return jax.tree.map(lambda s: s.transpose(1, 2, 0, 3, 4).reshape(s.shape[1], -1, *s.shape[3:]), found)
+    return jax.lax.map(lambda step: _scores(model, variables, step, policy), steps)
 
 
 def _scores(model: ElasticModel, variables: Variables, tokens: Int[Array, "n T"], policy: Policy) -> Scores:
+    """The same of one batch, ``[L, n, T, E-1]``."""
     with jax.default_matmul_precision("float32"):  # as perplexity is measured: a rounded score is another depth
         _, state = model.module.apply(variables, tokens, policy, mutable=["scores"])
     return {

@@ -2,7 +2,8 @@
 
 Routers and weights that were tuned together (`routed_tuning`) know depths of up to ``calibration.fine_above`` bits.
 Scores of the slices beyond are fitted afterwards, to other gains, and are not comparable: one threshold for both would
-at 3 bits let tokens read what the weights were not tuned with. So the finer slices' scores are lowered, all alike:
+at 3 bits let tokens read what the weights were not tuned with. So the finer slices' scores are moved, all alike, until
+the tiers touch:
 
     S_e -= quantile(S_f, 1 - TAIL) - quantile(M_c, TAIL)      M_c = min_{j <= c} S_j
 
@@ -35,8 +36,8 @@ def overlap(scores: Scores, coarse: int) -> Float[Array, ""]:
     return cutoff(highest, ones, TAIL * lowest.size) - cutoff(lowest, ones, (1 - TAIL) * lowest.size)
 
 
-def lower_finer(routers: Any, by: Float[Array, ""], coarse: int) -> Any:
-    """Routers, in any tree, whose scores of the finer slices are so much lower."""
+def lower_finer(routers: Any, by: float, coarse: int) -> Any:
+    """Routers, in any tree, whose scores of the finer slices are so much lower, or higher where it is negative."""
 
     def lower(router: Router) -> Router:
         return dataclasses.replace(router, output_bias=router.output_bias.at[..., coarse:].add(-by))

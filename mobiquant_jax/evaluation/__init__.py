@@ -13,7 +13,14 @@ from mobiquant_jax.evaluation.perplexity import (
     perplexity_step,
     summed_nll,
 )
-from mobiquant_jax.evaluation.report import curve_rows, format_table, markdown_table, plot_curve, write_json
+from mobiquant_jax.evaluation.report import (
+    curve_rows,
+    format_table,
+    markdown_table,
+    plot_curve,
+    print_result,
+    write_json,
+)
 from mobiquant_jax.evaluation.token_bits import (
     TokenBits,
     format_token_bits,
@@ -42,6 +49,7 @@ __all__ = [
     "perplexity_step",
     "plot_curve",
     "plot_token_bits",
+    "print_result",
     "save_json",
     "split_text",
     "summed_nll",

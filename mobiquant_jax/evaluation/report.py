@@ -1,6 +1,7 @@
 """A perplexity curve as a table for the terminal, as JSON and as a picture."""
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MultipleLocator, NullFormatter
 
+from mobiquant_jax import distributed
 from mobiquant_jax.evaluation.perplexity import PerplexityResult
 from mobiquant_jax.files import save_json
 from mobiquant_jax.provenance import short_commit
@@ -39,6 +41,13 @@ def format_table(results: Sequence[PerplexityResult]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def print_result(result: PerplexityResult) -> None:
+    """Says on stderr what was just measured, as progress; process 0 does."""
+    bits = "unquantized" if result.bits is None else f"{result.bits:g} bits"
+    if distributed.is_main():
+        print(f"  {bits}: perplexity {result.perplexity:.3f} in {result.seconds:.1f} s", file=sys.stderr, flush=True)
 
 
 def curve_rows(results: Iterable[PerplexityResult]) -> list[dict[str, Any]]:

@@ -41,7 +41,7 @@ def threshold_for_bits(
     cost = jnp.broadcast_to(jnp.asarray(slice_bits[1:], jnp.float32), scores.shape)
     if weights is not None:
         cost = cost * weights[..., None]
-    limit = (bits - slice_bits[0] + 1e-4) / sum(slice_bits[1:]) * jnp.sum(cost)
+    limit = (bits - slice_bits[0]) / sum(slice_bits[1:]) * jnp.sum(cost) * (1 + 1e-5)  # sums round
     first_out = cutoff(ranked, cost, limit)
     last_in = jnp.min(jnp.where(ranked > first_out, ranked, jnp.inf))
     # At full depth nothing is left out; at depth one nothing is let in.

@@ -18,7 +18,7 @@ def cutoff(
     With costs of 1 and a limit of ``(1 - q) n`` that is the q-quantile.
 
     Args:
-        values: finite.
+        values: finite; what a device flushes to zero is zero.
         costs: not negative.
         limit: not negative; may be traced.
     """
@@ -33,7 +33,8 @@ def cutoff(
 
     bounds = (_rank(values.min()) - 1, _rank(values.max()))
     _, high = jax.lax.fori_loop(0, _STEPS, halve, bounds)
-    return jnp.where(jnp.sum(costs) <= limit, -jnp.inf, _number(high))
+    found = jnp.min(jnp.where(values >= _number(high), values, jnp.inf))  # itself: zeros may pass for what is near
+    return jnp.where(jnp.sum(costs) <= limit, -jnp.inf, found)
 
 
 def _rank(number: Float[Array, ""]) -> Int[Array, ""]:

@@ -36,6 +36,10 @@ from mobiquant_jax.calibration.config import Stage, stages
         (dict(routed_epochs=-1), "calibration.routed_epochs=-1 must be finite and not negative"),
         (dict(routed_weight_lr=float("inf")), "calibration.routed_weight_lr=inf must be finite and not negative"),
         (dict(routed_router_lr=-1.0), "calibration.routed_router_lr=-1.0 must be finite and not negative"),
+        (
+            dict(routed_epochs=2, end_batch_size=113),
+            "calibration.end_batch_size=113: routed_epochs trains on 112 windows only",
+        ),
         (dict(recipe="paper", routed_epochs=2), "calibration.routed_epochs=2: the recipe 'paper' ends with the blocks"),
         (
             dict(routed_epochs=2, threshold_scope="linear"),
@@ -95,34 +99,38 @@ def test_a_mistake_is_named(changes, message):
 
 def test_budgets_below_the_first_slice_are_refused():
     config = CalibrationConfig(budgets=(3.0, 4.0, 8.0), windows=3, threshold_windows=2)
-    config.check_slices((2, 2, 2, 2))
-    config.check_slices((1, 1, 2, 4))
+    config.check_slices((2, 2, 2, 2), (2, 3, 4, 8))
+    config.check_slices((1, 1, 2, 4), (2, 3, 4, 8))
     with pytest.raises(
         ValueError, match=r"^calibration.budgets \(3.0, 4.0, 8.0\) start below the first slice's 4 bits$"
     ):
-        config.check_slices((4, 4))
+        config.check_slices((4, 4), (2, 3, 4, 8))
 
 
 def test_the_finer_slices_refine_a_width_that_there_is():
     fine = CalibrationConfig(windows=24, budgets=(3.0, 4.0, 8.0), threshold_windows=1, fine_above=4, end_epochs=1)
-    fine.check_slices((2, 2, 4))
+    fine.check_slices((2, 2, 4), (2, 3, 4, 8))
     assert fine.tuned_budgets == (3.0, 4.0) and "calibration.end_batch_size" in fine.batches
     assert dataclasses.replace(fine, fine_above=8).tuned_budgets == (3.0, 4.0, 8.0)
     with pytest.raises(
         ValueError, match=r"^calibration.fine_above=4 is none of the widths \(2, 6\) that slices refine$"
     ):
-        fine.check_slices((2, 4, 2))
+        fine.check_slices((2, 4, 2), (2, 3, 4, 8))
     with pytest.raises(ValueError, match=r"^calibration.budgets \(3.0, 4.0, 8.0\) are all above fine_above=2$"):
-        dataclasses.replace(fine, fine_above=2).check_slices((2, 2, 4))
+        dataclasses.replace(fine, fine_above=2).check_slices((2, 2, 4), (2, 3, 4, 8))
 
 
 def test_routed_tuning_needs_slices_to_choose_from():
     routed = CalibrationConfig(windows=24, budgets=(2.0, 4.0, 8.0), threshold_windows=1, fine_above=4, routed_epochs=1)
-    routed.check_slices((2, 2, 4))
+    routed.check_slices((2, 2, 4), (2, 3, 4, 8))
     assert (routed.coarse_depth((2, 2, 4)), routed.coarse_depth((2, 1, 1, 4))) == (2, 3)
     assert "calibration.end_batch_size" in routed.batches
+    with pytest.raises(
+        ValueError, match=r"^router.budget_grid \(2, 4, 8\) has nothing between 2 and fine_above=4 bits"
+    ):
+        routed.check_slices((2, 2, 4), (2, 4, 8))
     with pytest.raises(ValueError, match=r"^calibration.fine_above=2: routed_epochs needs two slices below it"):
-        dataclasses.replace(routed, fine_above=2, budgets=(2.0, 4.0, 8.0)).check_slices((2, 2, 4))
+        dataclasses.replace(routed, fine_above=2, budgets=(2.0, 4.0, 8.0)).check_slices((2, 2, 4), (2, 3, 4, 8))
 
 
 def test_samples_per_budget():

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 SHAPE = {"data": 2, "fsdp": 2, "model": 2}
 SECTIONS = {
     "quant": dict(group_size=8, slice_bits=(4, 2, 2)),
-    "router": dict(hidden_size=4, budget_grid=(4.0, 6.0, 8.0)),
+    "router": dict(hidden_size=4, budget_grid=(4.0, 5.0, 6.0, 8.0)),
     "calibration": dict(
         windows=8,
         window_length=16,
@@ -99,6 +99,13 @@ def on_one(calibrate):
     return calibrate("one", dict(data=1, fsdp=1, model=1))
 
 
+def thresholds(run):
+    """Of routed tuning, at the budgets whose thresholds are finite."""
+    pairs = np.load(run / "thresholds.npy")
+    assert pairs[:, 0].tolist() == [4.0, 5.0, 6.0]
+    return pairs[1:2, 1]
+
+
 def metrics(run):
     """The losses in order, and the bits that were used."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -110,6 +117,7 @@ def assert_alike(run, variables, wanted_run, wanted):
     """Losses and checkpoint within 1e-5 of each other, depths and codes the same."""
     (losses, bits), (wanted_losses, wanted_bits) = metrics(run), metrics(wanted_run)
     assert len(losses) == 2 * 2 + 2
+    np.testing.assert_allclose(thresholds(run), thresholds(wanted_run), rtol=1e-5)
     np.testing.assert_allclose(losses, wanted_losses, rtol=1e-5)
     np.testing.assert_array_equal(bits, wanted_bits)
     for (path, leaf), other in zip(
@@ -250,6 +258,7 @@ def test_two_processes_of_four_devices(on_one, runs, arguments):
         "result.json",
         "run.json",
         "scales.npz",
+        "thresholds.npy",
     ]
     assert sorted(entry.name for entry in (runs / "two").iterdir()) == files
     assert list((runs / "two" / "profile").rglob("*.xplane.pb"))

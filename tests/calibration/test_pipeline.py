@@ -22,7 +22,7 @@ from mobiquant_jax.calibration.fine_slices import FineTuner
 from mobiquant_jax.calibration.linears import trainable
 from mobiquant_jax.calibration.routers import RouterState, RouterTrainer, routers_of
 from mobiquant_jax.calibration.run_dir import FINE, ROUTED, TUNING
-from mobiquant_jax.calibration.thresholds import collect_scores
+from mobiquant_jax.calibration.thresholds import collect_scores, shared_thresholds
 from mobiquant_jax.io.checkpoint import abstract_variables
 from mobiquant_jax.models import Block
 from mobiquant_jax.models.elastic import ElasticConfig, ElasticLinear, ElasticModel
@@ -392,46 +392,71 @@ def test_finer_slices_of_scaled_channels_start_from_the_scaled_weights(calibrato
 def test_routers_that_were_tuned_keep_their_scores_and_finer_slices_come_after_them(
     calibrator, trained, recorded, params, windows, monkeypatch
 ):
-    """The first routers enter routed tuning with thresholds that rise as budgets fall; its routers leave the run."""
-    seen = {}
+    """The first routers enter routed tuning with thresholds of their own; its routers leave the run."""
+    seen = {"kept": [], "fitted": [], "measured": []}
+
+    def shift(tree, by):
+        def move(path, leaf):
+            return leaf + jnp.asarray(by) if getattr(path[-1], "name", "") == "output_bias" else leaf
+
+        return jax.tree_util.tree_map_with_path(move, tree)
 
     def start(trainer, variables):
-        seen.setdefault("kept", []).append(trainer.kept)
-        return start_routers(trainer, variables)
+        """The first ones score coarse slices higher; finer slices come before them when they are fitted."""
+        seen["kept"].append(trainer.kept)
+        seen["fitted"].append(trainer.windows)
+        routers = shift(routers_of(variables), [0.0, 30.0] if trainer.kept else [3.0, 0.0])
+        return RouterState(routers=routers, optimizer=trainer._optimizer.init(routers))
 
-    def fit(trainer, state, variables, index):
-        return state, True
+    def measure(model, windows, budgets, depth):
+        seen["measured"].append(windows)
+        seen["scored"] = np.asarray(routers_of(model.variables)["mlp"]["up_proj"]["router"].output_bias)
+        return shared_thresholds(model, windows, budgets, depth)
 
     def epoch(self, state, dense, index):
         seen["tuner"] = self
-
-        def move(path, leaf):
-            return leaf + 7.0 if getattr(path[-1], "name", "") == "output_bias" else leaf
-
-        params = jax.tree_util.tree_map_with_path(move, state.params)
-        seen["bias"] = np.asarray(params["mlp"]["up_proj"]["router"].output_bias)
-        return dataclasses.replace(state, params=params), 0.5, True
+        seen["entered"] = np.asarray(state.params["mlp"]["up_proj"]["router"].output_bias)
+        return dataclasses.replace(state, params=shift(state.params, 7.0)), 0.5, True
 
     monkeypatch.setattr(RouterTrainer, "start", start)
-    monkeypatch.setattr(RouterTrainer, "epoch", fit)
+    monkeypatch.setattr(RouterTrainer, "epoch", lambda trainer, state, variables, index: (state, True))
+    monkeypatch.setattr(pipeline, "shared_thresholds", measure)
     monkeypatch.setattr(Distiller, "epoch", epoch)
-    run = calibrator("run", Recorder(), budgets=(2.0, 4.0), fine_above=4, routed_epochs=1)
-    run = dataclasses.replace(
-        run, elastic=ElasticConfig(group_size=8, slice_bits=(2, 2, 4), router_hidden_size=4, budget_grid=(2, 3, 4, 8))
-    )
+    elastic = ElasticConfig(group_size=8, slice_bits=(2, 2, 4), router_hidden_size=4, budget_grid=(2, 3, 4, 8))
+    run = calibrator("run", Recorder(), budgets=(2.0, 4.0), fine_above=4, routed_epochs=1, end_save_seconds=0.0)
+    run = dataclasses.replace(run, elastic=elastic)
     variables = run.calibrate(params, windows)
+
     assert seen["kept"] == [0, 1]
-    tuner = seen["tuner"]
-    assert tuner.budgets == (2, 3, 4) and tuner.thresholds[0] == np.inf and tuner.thresholds[2] == -np.inf
-    assert np.isfinite(tuner.thresholds[1])
+    held = {row.tobytes() for row in recorded[0]}
+    assert {row.tobytes() for row in seen["measured"][0]} == held
+    for others in (*seen["fitted"], seen["tuner"].windows):
+        assert len(others) == 2 and held.isdisjoint(row.tobytes() for row in others)
+    np.testing.assert_array_equal(seen["entered"], seen["scored"])
+    pairs = seen["tuner"].pairs
+    assert pairs[:, 0].tolist() == [2, 3, 4] and pairs[0, 1] == np.inf and pairs[2, 1] == -np.inf
+    assert np.isfinite(pairs[1, 1])
+
     router = variables["params"]["layers"]["mlp"]["up_proj"]["router"]
-    np.testing.assert_array_equal(router.output_bias[:, 0], seen["bias"][:, 0])
-    lowered = seen["bias"][:, 1] - np.asarray(router.output_bias[:, 1])
+    np.testing.assert_array_equal(router.output_bias[:, 0], seen["entered"][:, 0] + 7)
+    lowered = seen["entered"][:, 1] + 37 - np.asarray(router.output_bias[:, 1])
+    assert lowered[0] > 20
     np.testing.assert_allclose(lowered, np.full_like(lowered, lowered[0]), rtol=1e-4)
-    model = ElasticModel(config=run.config, elastic=run.elastic, variables=variables)
+    model = ElasticModel(config=run.config, elastic=elastic, variables=variables)
     scores = collect_scores(model, variables, jnp.asarray(recorded[0]), UniformDepth(depth=jnp.array([2])))
     coarse, finer = (np.concatenate([np.ravel(s[..., index]) for s in scores.values()]) for index in (0, 1))
-    assert np.quantile(finer, 0.995) < np.quantile(coarse, 0.005)
+    assert np.max(finer) == pytest.approx(np.min(coarse), abs=1e-3)  # fewer scores than one of TAIL's share
+
+    # A run that continues finds the thresholds, and after the last epoch needs no first routers.
+    seen["kept"].clear()
+    run.run.save_thresholds(pairs + 1)
+    again = run.calibrate(params, windows)
+    assert seen["kept"] == [] and len(seen["measured"]) == 1
+    jax.tree.map(np.testing.assert_array_equal, again, variables)
+    shutil.rmtree(run.run.saved(ROUTED, 1))
+    run.calibrate(params, windows)
+    assert seen["kept"] == [0] and len(seen["measured"]) == 1
+    np.testing.assert_array_equal(seen["tuner"].pairs, pairs + 1)
 
 
 def test_activations_that_are_not_finite_are_named_and_leave_no_scales(calibrator, trained, params, windows):

@@ -53,8 +53,7 @@ def make_tuner(config, sliced, recipe, windows):
             calibration=recipe(**(fields | changes)),
             windows=windows,
             generated=windows[:0],
-            budgets=BUDGETS,
-            thresholds=THRESHOLDS,
+            pairs=np.stack([BUDGETS, THRESHOLDS], axis=-1),
         )
 
     return make

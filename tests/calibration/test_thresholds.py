@@ -9,7 +9,7 @@ from mobiquant_jax.calibration import record_thresholds
 from mobiquant_jax.calibration.thresholds import collect_scores, shared_thresholds
 from mobiquant_jax.models import Llama
 from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel
-from mobiquant_jax.routing import BatchBudget, FixedThreshold, TableBudget
+from mobiquant_jax.routing import FixedThreshold, TableBudget, UniformDepth
 
 # No token twice: two of a kind have one score in the first layer, and a threshold lets in both or neither.
 WINDOWS = np.random.default_rng(50).permutation(97)[:96].reshape(2, 48).astype(np.int32)
@@ -118,7 +118,7 @@ def test_shared_thresholds_are_quantiles_of_all_linears_scores(model, sown):
     assert found.shape == (4,)
     assert found[0] == np.inf and found[-1] == -np.inf and found[1] > found[2]
 
-    middle = BatchBudget(bits=jnp.float32((lowest + highest) / 2))
+    middle = UniformDepth(depth=jnp.array([2]))
     scores = jax.jit(lambda v: collect_scores(model, v, jnp.asarray(WINDOWS), middle))(model.variables)
     sizes = {path: rows * columns for path, (rows, columns) in model.config.linear_shapes().items()}
     read, weight = np.zeros(2), 0
@@ -127,13 +127,3 @@ def test_shared_thresholds_are_quantiles_of_all_linears_scores(model, sown):
         read += sizes[path] * np.array([bits_at(coarse, threshold, slice_bits) for threshold in found[1:3]])
         weight += sizes[path]
     np.testing.assert_allclose(read / weight, budgets[1:3], atol=0.02)
-
-
-def test_scores_are_collected_a_window_at_a_time_in_the_order_of_the_windows(model):
-    policy = FixedThreshold(threshold=jnp.zeros(()))
-    collect = jax.jit(lambda tokens: collect_scores(model, model.variables, tokens, policy))
-    both, alone = collect(jnp.asarray(WINDOWS)), [collect(jnp.asarray(WINDOWS[i : i + 1])) for i in range(2)]
-    for path, scores in both.items():
-        assert scores.shape[1:3] == WINDOWS.shape
-        for index in range(2):
-            np.testing.assert_allclose(scores[:, index : index + 1], alone[index][path], rtol=1e-5, atol=1e-5)

@@ -17,6 +17,7 @@ from mobiquant_jax.evaluation import (
     measure_token_bits,
     plot_curve,
     plot_token_bits,
+    print_result,
     write_json,
 )
 from mobiquant_jax.evaluation.token_bits import TEXT_WIDTH, _layout
@@ -151,3 +152,11 @@ def test_token_bits_mistakes_are_named():
         measure_token_bits(BitsOfTheToken(), Bytes(), "a", 1.0)
     with pytest.raises(ValueError, match="2 tokens but 1 values"):
         TokenBits(pieces=("a", "b"), bits=(2.0,))
+
+
+def test_progress_goes_to_stderr(capsys):
+    print_result(CURVE[1])
+    print_result(CURVE[3])
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == "  2.5 bits: perplexity 45.500 in 1.5 s\n  unquantized: perplexity 30.000 in 1.5 s\n"

@@ -65,6 +65,15 @@ def test_ends_of_the_budget_are_exact_for_any_scores():
         assert np.all(np.asarray(routing.mask_depth(policy.masks(inputs))) == expected)
 
 
+def test_at_the_first_slices_bits_no_gate_opens_however_many_the_scores():
+    scores = jax.random.normal(jax.random.key(5), (200_000, 2))
+    assert routing.threshold_for_bits(scores, 2.0, (2, 1, 1)) == np.inf
+    assert routing.threshold_for_bits(scores, 4.0, (2, 1, 1)) == -np.inf
+    tau = routing.threshold_for_bits(scores, 2.5, (2, 1, 1))
+    bits = routing.mask_bits(routing.prefix_masks((scores > tau).astype(jnp.float32)), (2, 1, 1))
+    assert float(bits.mean()) == pytest.approx(2.5, abs=1e-4)
+
+
 def test_lookup_interpolates_per_sequence():
     table, grid = jnp.array([4.0, 1.0, -2.0]), (2.0, 4.0, 8.0)
     np.testing.assert_allclose(routing.lookup(table, grid, jnp.array([3.0, 4.0, 7.0])), [2.5, 1.0, -1.25])

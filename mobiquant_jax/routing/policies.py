@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from mobiquant_jax.routing.budget import adjacent_mix, lookup, threshold_for_bits
+from mobiquant_jax.routing.cutoff import cutoff
 from mobiquant_jax.routing.gates import depth_masks, gate, prefix_masks
 
 
@@ -137,7 +138,7 @@ class RandomDepth:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class NormBudget:
-    """Baseline: the tokens of largest input norm take the deeper of two adjacent depths.
+    """Baseline: the tokens of largest input norm take the deeper of two adjacent depths; at a tie, none of them.
 
     Attributes:
         bits: target average bits of each sequence, ``[B]``, met within each sequence.
@@ -149,6 +150,6 @@ class NormBudget:
         """See `Policy`."""
         depth, share = adjacent_mix(self.bits[:, None], inputs.slice_bits)
         norm = jnp.sum(jnp.square(inputs.x.astype(jnp.float32)), axis=-1)  # [B, T]
-        rank = jnp.argsort(jnp.argsort(norm, axis=1, descending=True), axis=1)
-        deeper = rank + 0.5 < share * norm.shape[1]
-        return depth_masks(depth + deeper, len(inputs.slice_bits))
+        count = jnp.ceil(share[:, 0] * norm.shape[1] - 0.5)  # the nearest number of tokens
+        border = jax.vmap(cutoff, in_axes=(0, None, 0))(norm, jnp.ones(norm.shape[1]), count)
+        return depth_masks(depth + (norm > border[:, None]), len(inputs.slice_bits))

@@ -2,8 +2,8 @@
 
     python experiments/calibrate.py --config=configs/smollm2_135m_quality.py --config.data.source=file:C4,VALID
 
-Needs: the model of smollm2_135m.py, 16 GB of GPU memory, 8 GB of host memory, and two text files: one to calibrate on,
-one to score.
+Needs: the model of smollm2_135m.py, a GPU (it ran on one of 139 GB; what it takes of that was not measured), and two
+text files: one to calibrate on, one to score.
 Expect: one elastic checkpoint in ``runs/smollm2_135m_quality`` after eleven minutes on an H200 (667 s, three other runs
 on the same machine), a good third of it compilation.
 

@@ -30,7 +30,7 @@ from jaxtyping import Array, Float
 from mobiquant_jax.calibration.linears import Params
 from mobiquant_jax.models import Block, LlamaConfig
 from mobiquant_jax.models.layers import project
-from mobiquant_jax.quant import Clipping, grid_position, limits, read_position, scale_and_zero
+from mobiquant_jax.quant import Clipping, fake_quantize
 from mobiquant_jax.routing import cutoff
 
 EXPONENTS = np.array([(a / 10, b) for a in range(10) for b in (0.0, 0.25, 0.5)], np.float32)
@@ -120,10 +120,7 @@ def _best_scale(
 
         def of(kernel: Float[Array, "in out"]) -> Float[Array, ""]:
             clipping = Clipping.create(kernel.shape[0], kernel.shape[1], group_size)
-            scaled = kernel * rows
-            # Apart, or a GPU's XLA fuses the limits with all that follows and times many such kernels.
-            step, zero = jax.lax.optimization_barrier(scale_and_zero(*limits(scaled, clipping)))
-            error = read_position(grid_position(scaled, step, zero), step, zero, width) / rows - kernel
+            error = fake_quantize(kernel * rows, clipping, width) / rows - kernel
             return jnp.sum(moment[:, None] * jnp.square(error))
 
         return jnp.stack([of(kernel) for kernel in kernels]).sum()

@@ -325,7 +325,7 @@ class Calibrator:
 
         # Only where they are missing, and kept no longer than until training takes them.
         started = [] if distributed.from_main(int(self.run.thresholds.is_file())) else [start()]
-        routed = RoutedTrainer(**(common | {"windows": others}), pairs=np.load(self.run.thresholds))
+        routed = RoutedTrainer(**(common | {"windows": others}), pairs=self.run.load_thresholds())
 
         def begin() -> Params:
             return started.pop() if started else start()

@@ -76,9 +76,7 @@ class RunDir:
 
     def save_generated(self, windows: Int[np.ndarray, "G T"]) -> None:
         """Writes them; the file appears only once it is complete."""
-        unfinished = self.generated.with_suffix(".unfinished.npy")
-        np.save(unfinished, windows)
-        unfinished.rename(self.generated)
+        _save_array(self.generated, windows)
 
     @property
     def scales(self) -> Path:
@@ -118,9 +116,21 @@ class RunDir:
 
     def save_thresholds(self, pairs: Float[np.ndarray, "budgets 2"]) -> None:
         """Writes them; the file appears only once it is complete."""
-        unfinished = self.thresholds.with_suffix(".unfinished.npy")
-        np.save(unfinished, pairs)
-        unfinished.rename(self.thresholds)
+        _save_array(self.thresholds, pairs)
+
+    def load_thresholds(self) -> Float[np.ndarray, "budgets 2"]:
+        """Those on disk.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        try:
+            pairs = np.load(self.thresholds)
+        except (ValueError, EOFError, OSError) as error:
+            raise ValueError(f"'{self.thresholds}' is damaged: --overwrite starts over") from error
+        if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.dtype.kind != "f":
+            raise ValueError(f"'{self.thresholds}' is damaged: --overwrite starts over")
+        return pairs
 
     @property
     def profile(self) -> Path:
@@ -223,6 +233,13 @@ def _open(path: str | Path, record: dict[str, Any], *, resume: bool, overwrite: 
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _save_array(path: Path, array: np.ndarray) -> None:
+    """Writes a ``.npy`` file, which appears only once it is complete."""
+    unfinished = path.with_suffix(".unfinished.npy")
+    np.save(unfinished, array)
+    unfinished.rename(path)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -393,7 +393,7 @@ def test_routers_that_were_tuned_keep_their_scores_and_finer_slices_come_after_t
     calibrator, trained, recorded, params, windows, monkeypatch
 ):
     """The first routers enter routed tuning with thresholds of their own; its routers leave the run."""
-    seen = {"kept": [], "fitted": [], "measured": []}
+    seen = {"kept": [], "budgets": [], "fitted": [], "measured": []}
 
     def shift(tree, by):
         def move(path, leaf):
@@ -404,6 +404,7 @@ def test_routers_that_were_tuned_keep_their_scores_and_finer_slices_come_after_t
     def start(trainer, variables):
         """The first ones score coarse slices higher; finer slices come before them when they are fitted."""
         seen["kept"].append(trainer.kept)
+        seen["budgets"].append(trainer._budgets)
         seen["fitted"].append(trainer.windows)
         routers = shift(routers_of(variables), [0.0, 30.0] if trainer.kept else [3.0, 0.0])
         return RouterState(routers=routers, optimizer=trainer._optimizer.init(routers))
@@ -423,11 +424,14 @@ def test_routers_that_were_tuned_keep_their_scores_and_finer_slices_come_after_t
     monkeypatch.setattr(pipeline, "shared_thresholds", measure)
     monkeypatch.setattr(Distiller, "epoch", epoch)
     elastic = ElasticConfig(group_size=8, slice_bits=(2, 2, 4), router_hidden_size=4, budget_grid=(2, 3, 4, 8))
-    run = calibrator("run", Recorder(), budgets=(2.0, 4.0), fine_above=4, routed_epochs=1, end_save_seconds=0.0)
+    run = calibrator(
+        "run", Recorder(), budgets=(2.0, 4.0, 8.0, 8.0), fine_above=4, routed_epochs=1, end_save_seconds=0.0
+    )
     run = dataclasses.replace(run, elastic=elastic)
     variables = run.calibrate(params, windows)
 
     assert seen["kept"] == [0, 1]
+    assert seen["budgets"] == [(2.0, 4.0), (4.0, 8.0, 8.0)]
     held = {row.tobytes() for row in recorded[0]}
     assert {row.tobytes() for row in seen["measured"][0]} == held
     for others in (*seen["fitted"], seen["tuner"].windows):
@@ -457,6 +461,10 @@ def test_routers_that_were_tuned_keep_their_scores_and_finer_slices_come_after_t
     run.calibrate(params, windows)
     assert seen["kept"] == [0] and len(seen["measured"]) == 1
     np.testing.assert_array_equal(seen["tuner"].pairs, pairs + 1)
+
+    monkeypatch.setattr(pipeline, "overlap", lambda scores, coarse: jnp.nan)
+    with pytest.raises(ValueError, match=r"^the routers' scores of finer slices reach nan nats"):
+        run.calibrate(params, windows)
 
 
 def test_activations_that_are_not_finite_are_named_and_leave_no_scales(calibrator, trained, params, windows):

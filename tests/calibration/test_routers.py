@@ -186,6 +186,7 @@ def test_scores_that_are_kept_stay_and_the_others_are_fitted(random_elastic, rec
     calibration = recipe(fit_batch_size=2, fit_epochs=1, fit_lr=0.1, budgets=(4.0, 8.0))
     trainer = RouterTrainer(model=model, calibration=calibration, windows=windows, kept=1)
     assert trainer._budgets == (8.0,)
+    assert dataclasses.replace(trainer, kept=0, most_bits=6.0)._budgets == (4.0,)
     state = trainer.start(model.variables)
     gradients = trainer._measure(state.routers, model.variables, trainer._plan(0, 1))
     before = jax.device_get(state.routers)

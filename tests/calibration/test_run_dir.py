@@ -195,3 +195,16 @@ def test_an_event_file_without_the_package_is_one_line(tmp_path, monkeypatch):
 def test_paths():
     run = RunDir(path=Path("r"))
     assert (run.block(7), run.saved(TUNING, 12)) == (Path("r/blocks/007"), Path("r/tuning/012"))
+
+
+@pytest.mark.parametrize("content", [b"", b"no array", None])
+def test_thresholds_come_back_and_a_damaged_file_is_named(tmp_path, content):
+    """The last one is an array of another shape."""
+    run = RunDir(path=tmp_path)
+    pairs = np.array([[2.0, np.inf], [3.0, -5.5]])
+    run.save_thresholds(pairs)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["thresholds.npy"]
+    np.testing.assert_array_equal(run.load_thresholds(), pairs)
+    np.save(run.thresholds, pairs[:, 0]) if content is None else run.thresholds.write_bytes(content)
+    with pytest.raises(ValueError, match=r"^'.*thresholds\.npy' is damaged: --overwrite starts over$"):
+        run.load_thresholds()

@@ -115,7 +115,7 @@ def test_training_is_split_over_the_mesh_and_gives_back_the_state_it_takes():
         ("calibration", 2, 16),
         ("tuning", 4, 16),
         ("routed", 4, 16),
-        ("fine", 4, 16),
+        ("slices", 4, 16),
         ("fitting", 4, 16),
     ]
     results = []
@@ -124,23 +124,24 @@ def test_training_is_split_over_the_mesh_and_gives_back_the_state_it_takes():
         assert local_bytes(program.arguments) < whole / (2 if program.name == "fitting" else 3)
         with jax.set_mesh(mesh):
             results.append(jax.eval_shape(program.function, *program.arguments))
-    (params, _, healthy), (tuned, divergences, _), (routed, _, _), (fine, _, _), (fitted, _) = results
+    (params, _, healthy), (tuned, divergences, _), (routed, _, _), (alone, _, _), (fitted, _) = results
     assert params["mlp"]["up_proj"]["kernel"].shape == (64, 128) and healthy.shape == ()
     assert tuned.params["mlp"]["up_proj"]["kernel"].shape == (2, 64, 128) and divergences.shape == (16 // 4,)
     assert shapes(routed.params) == shapes(tuned.params)
-    assert fine.params["mlp"]["up_proj"]["position"].shape == (2, 64, 128)
+    assert alone.params["mlp"]["up_proj"]["position"].shape == (2, 64, 128)
     assert fitted.routers["mlp"]["up_proj"]["router"].hidden.shape == (2, 64, 8)
-    for result, program in zip((tuned, routed, fine, fitted), programs[1:], strict=True):
+    for result, program in zip((tuned, routed, alone, fitted), programs[1:], strict=True):
         assert shapes(result) == shapes(program.arguments[0])
 
 
 @pytest.mark.parametrize(
     ("changes", "names"),
     [
-        (dict(end_epochs=0), ["calibration", "routed", "fine", "fitting"]),
+        (dict(end_epochs=0), ["calibration", "routed", "slices", "fitting"]),
         (dict(routed_epochs=0, fine_epochs=0), ["calibration", "tuning", "fitting"]),
-        (dict(fit_epochs=0), ["calibration", "tuning", "routed", "fine"]),
+        (dict(fit_epochs=0), ["calibration", "tuning", "routed", "slices"]),
         (dict(fine_above=8, fine_epochs=0), ["calibration", "tuning", "routed"]),
+        (dict(fine_above=8, fine_epochs=0, slice_epochs=1), ["calibration", "tuning", "routed", "slices"]),
         (dict(recipe="paper", end_epochs=0, routed_epochs=0, fine_epochs=0, fine_above=8), ["calibration"]),
     ],
 )

@@ -14,10 +14,10 @@ from mobiquant_jax.calibration import BlockTrainer, CalibrationConfig
 from mobiquant_jax.calibration.config import stages
 from mobiquant_jax.calibration.distillation import Distiller
 from mobiquant_jax.calibration.end_to_end import EndToEndTrainer
-from mobiquant_jax.calibration.fine_slices import FineTuner
 from mobiquant_jax.calibration.routed_tuning import RoutedTrainer
 from mobiquant_jax.calibration.routers import RouterTrainer
 from mobiquant_jax.calibration.samples import Samples
+from mobiquant_jax.calibration.slice_tuning import SliceTuner
 from mobiquant_jax.io.checkpoint import abstract_variables
 from mobiquant_jax.models import KVCache, LlamaConfig
 from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel
@@ -50,7 +50,7 @@ def training_programs(
 
     Returns:
         ``calibration``, the last stage of one block's training; ``tuning`` of all blocks, ``routed`` of blocks and
-        routers, ``fine`` of their finer slices and ``fitting`` of all routers, where the recipe has epochs of them.
+        routers, ``slices`` of a slice alone and ``fitting`` of all routers, where the recipe has epochs of them.
     """
     makers: list[Callable[..., Program]] = [_calibration]
     if calibration.end_epochs:
@@ -59,8 +59,10 @@ def training_programs(
         budget = float(elastic.slice_bits[0])
         kind = partial(RoutedTrainer, pairs=np.array([[budget, 0.0]]))
         makers.append(partial(_distillation, "routed", kind))
-    if calibration.fine_epochs:
-        makers.append(partial(_distillation, "fine", FineTuner))
+    if calibration.slice_epochs or calibration.fine_epochs:
+        final, read = elastic.slice_bits[0], sum(elastic.slice_bits[:2])
+        alone = partial(SliceTuner, final_width=final, reads=(read,), epochs=1, rate=0.01)
+        makers.append(partial(_distillation, "slices", alone))
     fits = calibration.tuned_scores(elastic.slice_bits) < len(elastic.slice_bits) - 1
     if calibration.recipe == "elastic" and calibration.fit_epochs and fits:
         makers.append(_fitting)

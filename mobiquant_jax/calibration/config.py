@@ -48,11 +48,13 @@ class CalibrationConfig:
         routed_clipping_lr: of the clipping logits.
         routed_router_lr: of the routers.
         routed_penalty: lambda of its budget penalty, ``lambda (B - B*)^2``.
-        fine_above: bits of a code that end-to-end tuning trains, at budgets of up to so many only; then the slices
-            beyond start from the unquantized weights; see `fine_slices`. With 8 all slices are trained together.
-        fine_epochs: epochs of tuning those finer slices alone. Batches, windows and saves are those of the fields
-            ``end_batch_size``, ``end_generated_*`` and ``end_save_seconds``.
-        fine_lr: peak learning rate of the finer slices, in steps of the 8-bit code.
+        fine_above: bits of a code that these two stages train, at budgets of up to so many only; then the slices
+            beyond start from the unquantized weights. With 8 all slices are trained together.
+        slice_epochs: epochs of tuning each slice alone after them, from the second on, the coarser ones final; see
+            `slice_tuning`. Batches, windows and saves, here and for the finer slices, are as in end-to-end tuning.
+        slice_lr: peak learning rate in it, in steps of the code that the slice completes.
+        fine_epochs: epochs of tuning the slices beyond ``fine_above`` alone, all of them together.
+        fine_lr: peak learning rate of those, in steps of the 8-bit code.
         end_save_seconds: its state, like that of every stage after it, is saved after the first epoch that ends so long
             after the last save, since saving may take longer than an epoch: a kill costs this and an epoch of each.
         fit_epochs: epochs of fitting all routers together to what their slices gain, once the weights are final; with
@@ -100,6 +102,8 @@ class CalibrationConfig:
     routed_router_lr: float = 2e-3
     routed_penalty: float = 20.0
     fine_above: int = CODE_BITS
+    slice_epochs: int = 0
+    slice_lr: float = 0.025
     fine_epochs: int = 0
     fine_lr: float = 0.01
     end_save_seconds: float = 120.0
@@ -140,7 +144,7 @@ class CalibrationConfig:
             raise ValueError(f"calibration.joint_epochs={self.joint_epochs} exceeds epochs={self.epochs}")
         if not 1 <= self.end_batch_size <= self.windows:
             raise ValueError(f"calibration.end_batch_size={self.end_batch_size} is outside 1..{self.windows}")
-        for name in ("end_epochs", "routed_epochs"):
+        for name in ("end_epochs", "routed_epochs", "slice_epochs"):
             if self.recipe == "paper" and getattr(self, name):
                 raise ValueError(f"calibration.{name}={getattr(self, name)}: the recipe 'paper' ends with the blocks")
         if self.routed_epochs and self.end_batch_size > self.windows - self.threshold_windows:
@@ -318,6 +322,8 @@ _NOT_NEGATIVE = (
     "end_generated_windows",
     "end_weight_lr",
     "end_clipping_lr",
+    "slice_epochs",
+    "slice_lr",
     "fine_epochs",
     "fine_lr",
     "fit_epochs",

@@ -4,7 +4,7 @@ All of it lies on one mesh. The streams are split over its batch axes: a device,
 its own windows. In the devices' memory are one block and its optimizer, the next block's weights, which are read while
 this one trains, and both streams or, where ``calibration.streams`` keeps those on the host, two batches of them. A
 trained block is written while the streams go through it and through the next full-precision one. What follows the
-blocks (tuning, with routers too, or of the finer slices alone, fitting routers, recording thresholds) needs the whole
+blocks (tuning, with routers too, or of slices alone, fitting routers, recording thresholds) needs the whole
 model there.
 
 Order on ``resume``: the folder's blocks and channel scales are read instead of trained and found, all but blocks that
@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,15 +35,15 @@ from mobiquant_jax.calibration.config import CalibrationConfig
 from mobiquant_jax.calibration.distillation import Distiller, TuningState
 from mobiquant_jax.calibration.end_to_end import EndToEndTrainer
 from mobiquant_jax.calibration.epochs import SavedEpochs
-from mobiquant_jax.calibration.fine_slices import FineTuner
 from mobiquant_jax.calibration.generated import write_windows
 from mobiquant_jax.calibration.host_block import HostBlockTrainer
 from mobiquant_jax.calibration.linears import Params
 from mobiquant_jax.calibration.read_ahead import read_ahead
 from mobiquant_jax.calibration.routed_tuning import RoutedTrainer
 from mobiquant_jax.calibration.routers import Routers, RouterState, RouterTrainer, with_routers
-from mobiquant_jax.calibration.run_dir import FINE, ROUTED, ROUTER, TUNING, RunDir
+from mobiquant_jax.calibration.run_dir import FINE, ROUTED, ROUTER, SLICE, TUNING, RunDir
 from mobiquant_jax.calibration.samples import Samples
+from mobiquant_jax.calibration.slice_tuning import SliceTuner
 from mobiquant_jax.calibration.stacking import stack_blocks
 from mobiquant_jax.calibration.thresholds import collect_scores, record_thresholds, shared_thresholds
 from mobiquant_jax.calibration.tiers import lower_finer, overlap
@@ -51,6 +52,7 @@ from mobiquant_jax.io import layer
 from mobiquant_jax.io.checkpoint import DamagedTree, load_tree, save_tree
 from mobiquant_jax.models import LlamaConfig
 from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel, Variables
+from mobiquant_jax.quant import CODE_BITS, widths
 from mobiquant_jax.routing import UniformDepth
 from mobiquant_jax.sharding import Placement, one_device
 
@@ -76,7 +78,7 @@ class Observer(Protocol):
         """So many texts of the unquantized model are written."""
 
     def on_tuned(self, stage: str, epoch: int, epochs: int, divergence: float, healthy: bool, seconds: float) -> None:
-        """An epoch of tuning, routed too or of finer slices, is done; ``healthy`` unless a step was left out."""
+        """An epoch of tuning, routed too or of slices alone, is done; ``healthy`` unless a step was left out."""
 
     def on_fitted(self, epoch: int, epochs: int, healthy: bool, seconds: float) -> None:
         """An epoch of fitting the routers is done; ``healthy`` as above."""
@@ -273,7 +275,7 @@ class Calibrator:
         return stack_blocks(packed, self.config.num_hidden_layers, self.placement)
 
     def _tune(self, trainer: BlockTrainer, params: Params, windows: Int[np.ndarray, "W T"]) -> Params:
-        """End-to-end tuning from the trained blocks, by width and then routed, and the finer slices on top: packed."""
+        """End-to-end tuning from the trained blocks, and the finer slices on top: packed."""
         cal = self.calibration
         dense = self.placement.put(params)
         common: dict[str, Any] = dict(
@@ -287,21 +289,22 @@ class Calibrator:
         )
         layers = self._tune_coarse(trainer, common, dense) if cal.distils_coarse else self._packed_blocks(trainer)
         if cal.has_finer_slices:
-            fine = FineTuner(**common)
 
-            def begin() -> Params:
-                original = dense["layers"]
-                if cal.scale_width:
-                    scales = stack_scales(self._load_scales())
-                    original = jax.jit(self._folded)(original, self.placement.put_whole(scales))
-                return fine.begin(layers, original)
+            def original() -> Params:
+                if not cal.scale_width:
+                    return dense["layers"]
+                scales = stack_scales(self._load_scales())
+                return jax.jit(self._folded)(dense["layers"], self.placement.put_whole(scales))
 
-            tuned = self._distil(fine, begin, dense, FINE, "finer slices", cal.fine_epochs)
-            layers = layers | {"slices": fine.slices(tuned)}
+            finer = tuple(width for width in widths(self.elastic.slice_bits) if width > cal.fine_above)
+            fine = SliceTuner(
+                **common, final_width=cal.fine_above, reads=finer, epochs=cal.fine_epochs, rate=cal.fine_lr
+            )
+            layers = self._tune_slices(fine, layers, original, dense, FINE, "finer slices")
         return layers
 
     def _tune_coarse(self, trainer: BlockTrainer, common: dict[str, Any], dense: Params) -> Params:
-        """The packed layers after tuning at uniform widths, and then routed."""
+        """The packed layers after tuning at uniform widths, then routed, and then each slice alone."""
         cal = self.calibration
         tuner = EndToEndTrainer(**common)
 
@@ -311,8 +314,35 @@ class Calibrator:
         def uniform() -> Params:
             return self._distil(tuner, blocks, dense, TUNING, "end to end", cal.end_epochs)
 
-        if not cal.routed_epochs:
-            return tuner.pack(uniform())
+        tuned = self._tune_routed(common, uniform, tuner, dense) if cal.routed_epochs else uniform()
+        layers = tuner.pack(tuned)
+        if cal.slice_epochs:
+            coarse = widths(self.elastic.slice_bits)[: cal.coarse_depth(self.elastic.slice_bits)]
+            for final, width in pairwise(coarse):
+                rate = cal.slice_lr * 2 ** (CODE_BITS - width)
+                alone = SliceTuner(**common, final_width=final, reads=(width,), epochs=cal.slice_epochs, rate=rate)
+                stage, title = f"{SLICE}/{width}", f"slice to {width} bits"
+                layers = self._tune_slices(alone, layers, lambda: tuned, dense, stage, title)
+        return layers
+
+    def _tune_slices(
+        self,
+        tuner: SliceTuner,
+        layers: Params,
+        weights: Callable[[], Params],
+        dense: Params,
+        stage: str,
+        title: str,
+    ) -> Params:
+        """The packed layers after a stage that starts from ``weights()``."""
+        tuned = self._distil(tuner, lambda: tuner.begin(layers, weights()), dense, stage, title, tuner.epochs)
+        return layers | {"slices": tuner.slices(tuned)}
+
+    def _tune_routed(
+        self, common: dict[str, Any], uniform: Callable[[], Params], tuner: EndToEndTrainer, dense: Params
+    ) -> Params:
+        """The blocks' parameters after routed tuning, routers too."""
+        cal = self.calibration
         recorded, others = self._split_windows(common["windows"])
 
         def start() -> Params:
@@ -330,7 +360,7 @@ class Calibrator:
         def begin() -> Params:
             return started.pop() if started else start()
 
-        return tuner.pack(self._distil(routed, begin, dense, ROUTED, "routed", cal.routed_epochs))
+        return self._distil(routed, begin, dense, ROUTED, "routed", cal.routed_epochs)
 
     def _first_routers(
         self, model: ElasticModel, recorded: Int[np.ndarray, "n T"], others: Int[np.ndarray, "m T"]

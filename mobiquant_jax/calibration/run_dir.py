@@ -10,6 +10,7 @@ thresholds.npy budgets that routed tuning trains at, and their thresholds, likew
 blocks/NNN/    each finished block, until the checkpoint is complete
 tuning/NNN/    the last saved state of end-to-end tuning, until then too
 routed/NNN/    that of tuning weights and routers together
+slice/W/NNN/   that of tuning the slice alone that completes W bits
 fine/NNN/      that of tuning the finer slices
 router/NNN/    that of fitting the routers
 metrics.jsonl  a line a block, then one an epoch of the stages after them, each with process 0's peak memory so far
@@ -37,7 +38,7 @@ from mobiquant_jax.calibration.event_file import EventFile, check_installed
 from mobiquant_jax.files import read_json_object
 from mobiquant_jax.provenance import peak_memory
 
-STAGES = (TUNING, ROUTED, FINE, ROUTER) = ("tuning", "routed", "fine", "router")
+STAGES = (TUNING, ROUTED, SLICE, FINE, ROUTER) = ("tuning", "routed", "slice", "fine", "router")
 """What follows the blocks, over the whole model; folders of their states."""
 
 _IDENTITY = ("config", "model", "data")
@@ -138,7 +139,7 @@ class RunDir:
         return self.path / "profile"
 
     def saved(self, stage: str, epochs: int) -> Path:
-        """The folder of the state after so many epochs of a stage of `STAGES`."""
+        """The folder of the state after so many epochs of a stage of `STAGES`, or of a part of one."""
         return self.path / stage / f"{epochs:03d}"
 
     def saved_epochs(self, stage: str) -> int:

@@ -1,13 +1,14 @@
-"""Slices in two tiers: no token reads a finer slice before nearly all read every coarser one.
+"""Slices in two tiers: no token reads a finer slice before all read every coarser one.
 
 Routers and weights that were tuned together (`routed_tuning`) know depths of up to ``calibration.fine_above`` bits.
 Scores of the slices beyond are fitted afterwards, to other gains, and are not comparable: one threshold for both would
 at 3 bits let tokens read what the weights were not tuned with. So the finer slices' scores are moved, all alike, until
-the tiers touch:
+a gap lies between the tiers:
 
-    S_e -= quantile(S_f, 1 - TAIL) - quantile(M_c, TAIL)      M_c = min_{j <= c} S_j
+    S_e -= max S_f - min M_c + GAP      M_c = min_{j <= c} S_j
 
-with c the last coarse slice and f the first finer one.
+with c the last coarse slice and f the first finer one. At as many bits as the coarse slices have the threshold lies
+in the gap, and every token reads just these.
 """
 
 import dataclasses
@@ -18,22 +19,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mobiquant_jax.calibration.thresholds import Scores
-from mobiquant_jax.routing import Router, cutoff, prefix_scores
+from mobiquant_jax.routing import Router, prefix_scores
 
-TAIL = 1e-3  # a share of each tier's scores that may lie beyond the other's
+GAP = 1.0  # of scores, which are logarithms
 
 
 def overlap(scores: Scores, coarse: int) -> Float[Array, ""]:
-    """By how much the finer slices' scores reach into the coarse ones'; negative where they do not.
+    """By how much the finer slices' scores must fall to lie below the coarse ones'; negative where they may rise.
 
     Args:
         scores: of every linear.
         coarse: how many of the slices, from the second on, are coarse.
     """
-    lowest = jnp.concatenate([prefix_scores(s)[..., coarse - 1].ravel() for s in scores.values()])
-    highest = jnp.concatenate([s[..., coarse].ravel() for s in scores.values()])
-    ones = jnp.ones_like(lowest)
-    return cutoff(highest, ones, TAIL * lowest.size) - cutoff(lowest, ones, (1 - TAIL) * lowest.size)
+    lowest = jnp.stack([prefix_scores(s)[..., coarse - 1].min() for s in scores.values()]).min()
+    highest = jnp.stack([s[..., coarse].max() for s in scores.values()]).max()
+    return highest - lowest + GAP
 
 
 def lower_finer(routers: Any, by: float, coarse: int) -> Any:

@@ -14,9 +14,9 @@ import pytest
 
 from mobiquant_jax.calibration import BlockTrainer, CalibrationConfig, Calibrator, ConsoleObserver, RunDir
 from mobiquant_jax.calibration.end_to_end import EndToEndTrainer
-from mobiquant_jax.calibration.fine_slices import FineTuner
 from mobiquant_jax.calibration.linears import trainable
 from mobiquant_jax.calibration.samples import Samples
+from mobiquant_jax.calibration.slice_tuning import SliceTuner
 from mobiquant_jax.io import save_hf
 from mobiquant_jax.io.checkpoint import load_checkpoint
 from mobiquant_jax.models import Llama
@@ -148,7 +148,7 @@ def test_the_finer_slices_start_alike_on_eight_devices(mesh_model, elastic):
     found = []
     for sizes in (dict(data=1, fsdp=1, model=1), SHAPE):
         fields = dict(config=config, elastic=elastic, calibration=calibration, windows=windows, generated=windows[:0])
-        tuner = FineTuner(**fields, mesh=job_mesh(**sizes))
+        tuner = SliceTuner(**fields, final_width=4, reads=(6, 8), epochs=1, rate=1.0, mesh=job_mesh(**sizes))
         trainer = EndToEndTrainer(**fields, mesh=job_mesh(**sizes))
         with jax.set_mesh(tuner.mesh):
             keys = jax.random.split(jax.random.key(74), config.num_hidden_layers)

@@ -18,10 +18,10 @@ import pytest
 from mobiquant_jax.calibration import BlockReport, BlockTrainer, Calibrator, RunDir, pipeline
 from mobiquant_jax.calibration.channel_scales import fold, stack_scales
 from mobiquant_jax.calibration.distillation import Distiller
-from mobiquant_jax.calibration.fine_slices import FineTuner
 from mobiquant_jax.calibration.linears import trainable
 from mobiquant_jax.calibration.routers import RouterState, RouterTrainer, routers_of
-from mobiquant_jax.calibration.run_dir import FINE, ROUTED, TUNING
+from mobiquant_jax.calibration.run_dir import FINE, ROUTED, SLICE, TUNING
+from mobiquant_jax.calibration.slice_tuning import SliceTuner
 from mobiquant_jax.calibration.thresholds import collect_scores, shared_thresholds
 from mobiquant_jax.io.checkpoint import abstract_variables
 from mobiquant_jax.models import Block
@@ -256,6 +256,7 @@ def test_a_full_disk_ends_the_run_with_what_was_saved(calibrator, trained, recor
     [
         (TUNING, dict(end_epochs=2), ["end to end"] * 2),
         (ROUTED, dict(routed_epochs=2), ["routed"] * 2),
+        (f"{SLICE}/8", dict(end_epochs=1, slice_epochs=2), ["slice to 8 bits"] * 2),
         (FINE, dict(fine_above=4, fine_epochs=2), ["finer slices"] * 2),
         (FINE, dict(fine_above=4, end_epochs=1, fine_epochs=2), ["finer slices"] * 2),
     ],
@@ -295,7 +296,7 @@ def test_a_run_ends_with_the_finer_slices(
     """
 
     def epoch(self, state, dense, index):
-        if isinstance(self, FineTuner):
+        if isinstance(self, SliceTuner):
             moved = jax.tree_util.tree_map_with_path(
                 lambda path, leaf: leaf + 3.0 if path[-1].key == "position" else leaf, state.params
             )
@@ -325,6 +326,47 @@ def test_a_run_ends_with_the_finer_slices(
     unsure = (0 < from_edge) & (from_edge < 1e-3)  # float32 may round to the other code
     np.testing.assert_array_equal(after[~unsure], np.floor(position)[~unsure])
     assert np.mean(unsure) < 0.02 and np.any(after != before)
+
+
+def test_each_slice_is_tuned_alone_from_the_tuned_weights(
+    calibrator, trained, recorded, params, windows, monkeypatch, elastic
+):
+    """The coarse ones one after the other, then the finer ones; an epoch moves every weight up by 40 codes."""
+    stages = []
+
+    def epoch(self, state, dense, index):
+        if isinstance(self, SliceTuner):
+            before = np.asarray(state.params["mlp"]["up_proj"]["position"])
+            moved = jax.tree_util.tree_map_with_path(
+                lambda path, leaf: leaf + 40.0 if path[-1].key == "position" else leaf, state.params
+            )
+            state = dataclasses.replace(state, params=self.constrain(moved, state.params))
+            after = np.asarray(state.params["mlp"]["up_proj"]["position"])
+            stages.append(((self.final_width, self.reads, self.epochs, self.rate), before, after))
+        return state, 0.5, True
+
+    monkeypatch.setattr(Distiller, "epoch", epoch)
+    three = dataclasses.replace(elastic, slice_bits=(2, 2, 2, 2), budget_grid=(2.0, 4.0, 8.0))
+    changes = dict(budgets=(2.0, 6.0), fine_above=6, end_epochs=1)
+
+    def codes(name, **more):
+        run = dataclasses.replace(calibrator(name, Recorder(), **changes, **more), elastic=three)
+        weight = run.calibrate(params, windows)["slices"]["layers"]["mlp"]["up_proj"]["weight"]
+        return np.asarray(jax.vmap(SlicedWeight.codes)(weight), np.int32)
+
+    tuned = codes("without")
+    final = codes("with", slice_epochs=1, slice_lr=0.5, fine_epochs=2, fine_lr=0.25)
+    plans, starts, ends = zip(*stages, strict=True)
+    assert plans == ((2, (4,), 1, 8.0), (4, (6,), 1, 2.0), (6, (8,), 2, 0.25), (6, (8,), 2, 0.25))
+    at = np.floor(np.stack(starts)).astype(np.int32)
+    moved = np.floor(np.stack(ends)).astype(np.int32)
+    np.testing.assert_array_equal(at[0] // 4, tuned // 4)  # the last two bits of these are the finer slice's
+    np.testing.assert_array_equal(moved[0], np.minimum(at[0] + 40, at[0] // 64 * 64 + 63))
+    np.testing.assert_array_equal(at[1], np.clip(at[0], moved[0] // 16 * 16, moved[0] // 16 * 16 + 15))
+    np.testing.assert_array_equal(moved[1], at[1] // 16 * 16 + 15)
+    np.testing.assert_array_equal(at[2] // 4, moved[1] // 4)
+    np.testing.assert_array_equal(final, moved[3])
+    assert np.any(moved[0] // 16 != at[0] // 16) and np.any(at[2] != moved[1])
 
 
 def test_thresholds_are_recorded_on_windows_that_routers_were_not_fitted_to(

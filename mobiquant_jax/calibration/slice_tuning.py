@@ -1,14 +1,15 @@
-"""The finer slices, made and tuned alone once the coarser ones are final.
+"""Slices that are tuned alone, once all coarser ones are final.
 
 The code at few bits and the code at many cannot both be best: what moves a weight into another bin at 2 bits moves it
-at 8 bits too. But within its bin a weight is free. So the top bits of every code stay as end-to-end tuning left them,
-and the bits below learn what is best for the widths that read them:
+at 8 bits too. But within its bin a weight is free. So the top bits of every code stay as they are, and the bits below
+learn what is best for the widths that read them:
 
     floor(p / 2^(8 - w)) = const,        p = 64 W / s + z the position on the grid, w the last final width
 
-Reads of up to ``w`` bits do not change by a bit. They start from the unquantized model's weights, each where it
-lies in its final bin, or at the end of the bin that is nearer to it: most weights are then what they were before they
-were tuned for few bits.
+Reads of up to ``w`` bits do not change by a bit. Positions start from given weights, each where it lies in its final
+bin, or at the end of the bin that is nearer to it. For slices that were tuned with the coarser ones those are the tuned
+weights. Slices beyond (``calibration.fine_above``) start from the unquantized model's: most weights are then what they
+were before they were tuned for few bits.
 """
 
 from collections.abc import Callable
@@ -37,7 +38,6 @@ from mobiquant_jax.quant import (
     grid_position,
     read_position,
     slice_codes,
-    widths,
 )
 
 _NORMS = ("attention_norm", "mlp_norm")
@@ -67,18 +67,18 @@ class PositionLinear(nn.Module):
         return project(x.astype(self.dtype), read_position(position, scale, zero, control.width)).astype(self.dtype)
 
 
-def positions(layers: Params, original: Params, final_width: int) -> Params:
-    """The stacked blocks' parameters for this stage: as near to the unquantized weights as final bins allow.
+def positions(layers: Params, weights: Params, final_width: int) -> Params:
+    """The stacked blocks' parameters for this stage: as near to given weights as final bins allow.
 
     Args:
         layers: variables of the packed blocks, ``params`` and ``slices``.
-        original: parameters of the unquantized blocks.
+        weights: parameters of blocks whose kernels are wanted, unquantized or trained ones.
         final_width: how many bits of every code are final.
     """
     params: Params = {name: layers["params"][name] for name in _NORMS}
     for part, linears in layers["slices"].items():
         params[part] = {
-            name: _position(linear["weight"], original[part][name]["kernel"], final_width)
+            name: _position(linear["weight"], weights[part][name]["kernel"], final_width)
             for name, linear in linears.items()
         }
     return params
@@ -102,10 +102,22 @@ def _in_bin(position: Array, inside: Array, final_width: int) -> Array:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FineTuner(Distiller):
-    """Tunes the bits of every code below the top ``calibration.fine_above``."""
+class SliceTuner(Distiller):
+    """Tunes the bits of every code below those that are final.
+
+    Attributes:
+        final_width: how many bits of every code are final.
+        reads: the widths to train at, all beyond.
+        epochs: length of the rate's decay.
+        rate: peak learning rate, in steps of the 8-bit code.
+    """
 
     STREAM = 3_000_000
+
+    final_width: int
+    reads: tuple[int, ...]
+    epochs: int
+    rate: float
 
     @property
     def linear(self) -> Callable[..., PositionLinear]:
@@ -115,8 +127,7 @@ class FineTuner(Distiller):
     @cached_property
     def optimizer(self) -> optax.GradientTransformation:
         """See `Distiller`."""
-        cal = self.calibration
-        rate = optax.cosine_decay_schedule(cal.fine_lr, max(cal.fine_epochs * self.steps, 1), alpha=FINAL_RATE)
+        rate = optax.cosine_decay_schedule(self.rate, max(self.epochs * self.steps, 1), alpha=FINAL_RATE)
         adam = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
         return optax.partition({True: adam, False: optax.set_to_zero()}, _is_position)
 
@@ -134,25 +145,24 @@ class FineTuner(Distiller):
         return jax.eval_shape(jax.vmap(make), self.abstract_dense["layers"])
 
     def draw_steps(self, rng: np.random.Generator) -> Int[np.ndarray, " steps"]:
-        """See `Distiller`: those that read more than what is final."""
-        finer = tuple(float(width) for width in widths(self.elastic.slice_bits) if width > self.calibration.fine_above)
-        return spread_budgets(finer, self.steps, rng).astype(np.int32)
+        """See `Distiller`."""
+        return spread_budgets(self.reads, self.steps, rng).astype(np.int32)
 
     def constrain(self, params: Params, before: Params) -> Params:
         """See `Distiller`: no weight leaves its bin at the last final width."""
 
         def one(path: Any, new: Array, old: Array) -> Array:
-            return _in_bin(new, old, self.calibration.fine_above) if path[-1].key == "position" else new
+            return _in_bin(new, old, self.final_width) if path[-1].key == "position" else new
 
         return jax.tree_util.tree_map_with_path(one, params, before)
 
     @cached_property
     def begin(self) -> Callable[[Params, Params], Params]:
-        """Jitted `positions` of the packed blocks, given the unquantized ones."""
+        """Jitted `positions` of the packed blocks, given the parameters of those that they start from."""
         return jax.jit(self._positions, out_shardings=self.placement.shardings(self.abstract_params))
 
-    def _positions(self, layers: Params, original: Params) -> Params:
-        return positions(layers, original, self.calibration.fine_above)
+    def _positions(self, layers: Params, weights: Params) -> Params:
+        return positions(layers, weights, self.final_width)
 
     @cached_property
     def slices(self) -> Callable[[Params], Params]:

@@ -1,4 +1,4 @@
-"""Tuning the finer slices: what is final stays to the bit, what is finer comes nearer to the unquantized model."""
+"""Tuning slices alone: what is final stays to the bit, what is finer comes nearer to the unquantized model."""
 
 import jax
 import jax.numpy as jnp
@@ -7,14 +7,15 @@ import pytest
 
 from mobiquant_jax.calibration.distillation import distillation_loss
 from mobiquant_jax.calibration.end_to_end import EndToEndTrainer
-from mobiquant_jax.calibration.fine_slices import FineTuner
 from mobiquant_jax.calibration.linears import pack_block, trainable
+from mobiquant_jax.calibration.slice_tuning import SliceTuner
 from mobiquant_jax.models import Llama
 from mobiquant_jax.models.elastic import ElasticModel
 from mobiquant_jax.quant import SlicedWeight, slice_codes, widths
 
 EPOCHS = 4
 FINAL = 4  # bits of a code
+RATE = dict(epochs=EPOCHS, rate=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +41,16 @@ def packed(params, config, elastic):
     return layers | {"slices": jax.tree.map(scramble, layers["slices"], is_leaf=is_weight)}
 
 
+def common(elastic, config, calibration, windows):
+    none = windows[:0]
+    return dict(config=config, elastic=elastic, calibration=calibration, windows=windows, generated=none)
+
+
 @pytest.fixture(scope="module")
 def make_tuner(config, elastic, recipe, windows):
-    def make(kind=FineTuner, **changes):
-        calibration = recipe(
-            **(dict(fine_above=FINAL, fine_epochs=EPOCHS, fine_lr=1.0, end_batch_size=1, end_epochs=1) | changes)
-        )
-        none = windows[:0]
-        return kind(config=config, elastic=elastic, calibration=calibration, windows=windows, generated=none)
+    def make(**changes):
+        alone = dict(final_width=FINAL, reads=tuple(width for width in widths(elastic.slice_bits) if width > FINAL))
+        return SliceTuner(**common(elastic, config, recipe(end_batch_size=1), windows), **(alone | RATE | changes))
 
     return make
 
@@ -135,14 +138,18 @@ def test_it_brings_full_depth_nearer_to_the_unquantized_model(begun, tuned, pack
     assert divergence(tuned, 4) == divergence(packed["slices"], 4)
 
 
-def test_each_stage_draws_the_widths_that_are_its_own(make_tuner, elastic):
+def test_each_stage_draws_the_widths_that_are_its_own(make_tuner, config, elastic, recipe, windows):
     rng = np.random.default_rng(72)
     finer = make_tuner().draw_steps(rng)
     assert set(finer) == {width for width in widths(elastic.slice_bits) if width > FINAL}
-    coarse = make_tuner(kind=EndToEndTrainer, budgets=(4.0, 8.0)).draw_steps(rng)
-    assert set(coarse) == {4}
-    every = make_tuner(kind=EndToEndTrainer, budgets=(4.0, 8.0), fine_above=8, fine_epochs=0).draw_steps(rng)
-    assert set(every) == {4, 8}
+    assert set(make_tuner(final_width=2, reads=(4,)).draw_steps(rng)) == {4}
+
+    def drawn(**changes):
+        calibration = recipe(budgets=(4.0, 8.0), end_batch_size=1, end_epochs=1, **changes)
+        return set(EndToEndTrainer(**common(elastic, config, calibration, windows)).draw_steps(rng))
+
+    assert drawn(fine_above=FINAL) == {4}
+    assert drawn() == {4, 8}
 
 
 def test_a_step_that_is_not_finite_is_left_out(make_tuner, packed, params):

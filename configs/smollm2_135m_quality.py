@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
 
     config.model.dither = True
     config.quant.slice_bits = (2, 1, 1, 2, 2)
-    config.router.budget_grid = (2.0, 2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 3.75, 4.0, 4.5, 5.0, 6.0, 7.0, 8.0)
+    config.router.budget_grid = (*(2 + i / 4 for i in range(11)), 5.0, 5.5, 6.0, 6.5, 7.0, 7.5, 7.75, 8.0)
 
     config.data.source = "file:c4.txt,valid.txt"
     config.calibration.windows = 128
@@ -39,10 +39,12 @@ def get_config() -> ConfigDict:
     config.calibration.end_batch_size = 2
     config.calibration.end_weight_lr = 1.5e-4
     config.calibration.end_generated_windows = 1024
-    config.calibration.routed_epochs = 30
+    config.calibration.routed_epochs = 16
     config.calibration.routed_weight_lr = 1e-4
     config.calibration.routed_clipping_lr = 1e-3
     config.calibration.routed_router_lr = 6e-3
+    config.calibration.slice_epochs = 8
+    config.calibration.slice_lr = 0.01
     config.calibration.fine_epochs = 8
     config.calibration.fine_lr = 0.01
     config.calibration.fit_epochs = 2

@@ -8,7 +8,7 @@ from typing import Any
 
 from mobiquant_jax import distributed
 from mobiquant_jax.calibration.run_dir import RunDir
-from mobiquant_jax.io.checkpoint import save_tree
+from mobiquant_jax.io.checkpoint import DamagedTree, load_tree, save_tree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,3 +63,22 @@ class SavedEpochs:
             self.run.log({f"{self.stage}_epoch": number, **record, "seconds": round(seconds, 3)})
             report(number + 1, seconds, record)
         return state
+
+
+def load_or_remove(run: RunDir, path: Path, like: Any, on_damaged: Callable[[str], None]) -> Any:
+    """A saved tree, or None where there is none, or a damaged one, which is removed.
+
+    Args:
+        run: the run's folder.
+        path: of the tree in it.
+        like: shapes, types and shardings.
+        on_damaged: is told what is wrong with a damaged one.
+    """
+    if not distributed.from_main(int(path.is_dir())):
+        return None
+    try:
+        return load_tree(path, like)
+    except DamagedTree as error:
+        on_damaged(str(error))
+        run.remove(path)
+        return None

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mobiquant_jax.calibration import BlockReport, BlockTrainer, Calibrator, RunDir, pipeline
+from mobiquant_jax.calibration import BlockReport, BlockTrainer, Calibrator, RunDir, model_stages
 from mobiquant_jax.calibration.channel_scales import fold, stack_scales
 from mobiquant_jax.calibration.distillation import Distiller
 from mobiquant_jax.calibration.linears import trainable
@@ -91,7 +91,7 @@ def recorded(monkeypatch):
         calls.append(windows)
         return model.variables
 
-    monkeypatch.setattr(pipeline, "record_thresholds", record)
+    monkeypatch.setattr(model_stages, "record_thresholds", record)
     return calls
 
 
@@ -304,7 +304,9 @@ def test_a_run_ends_with_the_finer_slices(
         return state, 0.5, True
 
     monkeypatch.setattr(Distiller, "epoch", epoch)
-    monkeypatch.setattr(pipeline, "write_windows", lambda config, params, windows, *_, **__: asked.append(1) or windows)
+    monkeypatch.setattr(
+        model_stages, "write_windows", lambda config, params, windows, *_, **__: asked.append(1) or windows
+    )
     asked = []
     changes = dict(budgets=(4.0, 8.0), end_epochs=end_epochs, end_generated_windows=4)
     without = calibrator("without", Recorder(), **changes).calibrate(params, windows)
@@ -338,7 +340,7 @@ def test_each_slice_is_tuned_alone_from_the_tuned_weights(
         if isinstance(self, SliceTuner):
             before = np.asarray(state.params["mlp"]["up_proj"]["position"])
             moved = jax.tree_util.tree_map_with_path(
-                lambda path, leaf: leaf + 40.0 if path[-1].key == "position" else leaf, state.params
+                lambda path, leaf: leaf + 40.0 if getattr(path[-1], "key", "") == "position" else leaf, state.params
             )
             state = dataclasses.replace(state, params=self.constrain(moved, state.params))
             after = np.asarray(state.params["mlp"]["up_proj"]["position"])
@@ -463,7 +465,7 @@ def test_routers_that_were_tuned_keep_their_scores_and_finer_slices_come_after_t
 
     monkeypatch.setattr(RouterTrainer, "start", start)
     monkeypatch.setattr(RouterTrainer, "epoch", lambda trainer, state, variables, index: (state, True))
-    monkeypatch.setattr(pipeline, "shared_thresholds", measure)
+    monkeypatch.setattr(model_stages, "shared_thresholds", measure)
     monkeypatch.setattr(Distiller, "epoch", epoch)
     elastic = ElasticConfig(group_size=8, slice_bits=(2, 2, 4), router_hidden_size=4, budget_grid=(2, 3, 4, 8))
     run = calibrator(
@@ -504,7 +506,7 @@ def test_routers_that_were_tuned_keep_their_scores_and_finer_slices_come_after_t
     assert seen["kept"] == [0] and len(seen["measured"]) == 1
     np.testing.assert_array_equal(seen["tuner"].pairs, pairs + 1)
 
-    monkeypatch.setattr(pipeline, "overlap", lambda scores, coarse: jnp.nan)
+    monkeypatch.setattr(model_stages, "overlap", lambda scores, coarse: jnp.nan)
     with pytest.raises(ValueError, match=r"^the routers' scores of finer slices reach nan nats"):
         run.calibrate(params, windows)
 

@@ -39,12 +39,10 @@ def get_config() -> ConfigDict:
     config.calibration.end_batch_size = 2
     config.calibration.end_weight_lr = 1.5e-4
     config.calibration.end_generated_windows = 1024
-    config.calibration.routed_epochs = 16
+    config.calibration.routed_epochs = 30
     config.calibration.routed_weight_lr = 1e-4
     config.calibration.routed_clipping_lr = 1e-3
     config.calibration.routed_router_lr = 6e-3
-    config.calibration.slice_epochs = 8
-    config.calibration.slice_lr = 0.01
     config.calibration.fine_epochs = 8
     config.calibration.fine_lr = 0.01
     config.calibration.fit_epochs = 2

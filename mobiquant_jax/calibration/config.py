@@ -103,7 +103,7 @@ class CalibrationConfig:
     routed_penalty: float = 20.0
     fine_above: int = CODE_BITS
     slice_epochs: int = 0
-    slice_lr: float = 0.025
+    slice_lr: float = 0.002
     fine_epochs: int = 0
     fine_lr: float = 0.01
     end_save_seconds: float = 120.0
@@ -147,6 +147,8 @@ class CalibrationConfig:
         for name in ("end_epochs", "routed_epochs", "slice_epochs"):
             if self.recipe == "paper" and getattr(self, name):
                 raise ValueError(f"calibration.{name}={getattr(self, name)}: the recipe 'paper' ends with the blocks")
+        if self.slice_epochs and not self.distils_coarse:
+            raise ValueError(f"calibration.slice_epochs={self.slice_epochs} needs end_epochs or routed_epochs")
         if self.routed_epochs and self.end_batch_size > self.windows - self.threshold_windows:
             raise ValueError(
                 f"calibration.end_batch_size={self.end_batch_size}: routed_epochs trains on"
@@ -193,10 +195,9 @@ class CalibrationConfig:
         """
         if min(self.budgets) < slice_bits[0]:
             raise ValueError(f"calibration.budgets {self.budgets} start below the first slice's {slice_bits[0]} bits")
-        if self.routed_epochs and self.coarse_depth(slice_bits) < 2:
-            raise ValueError(
-                f"calibration.fine_above={self.fine_above}: routed_epochs needs two slices below it to choose from"
-            )
+        for name in ("routed_epochs", "slice_epochs"):
+            if getattr(self, name) and self.coarse_depth(slice_bits) < 2:
+                raise ValueError(f"calibration.fine_above={self.fine_above}: {name} needs two slices up to it")
         if self.routed_epochs and not any(slice_bits[0] < bits < self.fine_above for bits in budget_grid):
             raise ValueError(
                 f"router.budget_grid {budget_grid} has nothing between {slice_bits[0]} and fine_above="

@@ -54,8 +54,9 @@ class NestedLinear(nn.Module):
 class RoutedLinear(nn.Module):
     """A linear through the nested quantizer, each token at its own depth, gates straight-through.
 
-    All slices meet their masked inputs in one matmul (`multiply_slices`). Closed gates are computed too: their gradient
-    is what opens them.
+    Slices are residuals, ``R_1 = W_1`` and ``R_e = W_e - W_{e-1}``, and all of them meet their masked inputs in one
+    matmul: ``y = [x, m_2 x, ..., m_E x] @ [R_1; R_2; ...; R_E]``. Closed gates are computed too: their gradient is what
+    opens them.
 
     Attributes:
         features: number of outputs.
@@ -73,49 +74,21 @@ class RoutedLinear(nn.Module):
     def __call__(self, x: Float[Array, "B T in"], control: Policy) -> Float[Array, "B T out"]:
         """Routes and multiplies; sows the bits of each token into ``stats``."""
         kernel, clipping = _kernel(self, x.shape[-1])
-        slice_bits = self.elastic.slice_bits[: self.depth]
-        masks = route(self, x, control, slice_bits)
+        every_slice = self.elastic.slice_bits
+        router = self.param("router", Router.create, x.shape[-1], self.elastic.router_hidden_size, len(every_slice))
+        slice_bits = every_slice[: self.depth]
+        # How a router sees its input is no part of the model, as at run time.
+        scores = score(router, jax.lax.stop_gradient(x))[..., : len(slice_bits) - 1]
+        masks = control.masks(RoutingInputs(x=x, scores=scores, slice_bits=slice_bits))
+        self.sow("stats", "bits", mask_bits(masks, slice_bits))
         read = jax.vmap(fake_quantize, in_axes=(None, None, 0))
-        return multiply_slices(x, masks, read(kernel, clipping, jnp.asarray(widths(slice_bits))), self.dtype)
-
-
-def route(
-    module: Any, x: Float[Array, "B T in"], control: Policy, slice_bits: tuple[int, ...]
-) -> Float[Array, "B T E-1"]:
-    """Masks of a linear's slices from the second on, by its parameter ``router``; sows each token's bits in ``stats``.
-
-    Args:
-        module: the calling module.
-        x: its input.
-        control: decides by the scores.
-        slice_bits: of the first slices, that tokens may read; the router scores all.
-    """
-    every_slice = len(module.elastic.slice_bits)
-    router = module.param("router", Router.create, x.shape[-1], module.elastic.router_hidden_size, every_slice)
-    # How a router sees its input is no part of the model, as at run time.
-    scores = score(router, jax.lax.stop_gradient(x))[..., : len(slice_bits) - 1]
-    masks = control.masks(RoutingInputs(x=x, scores=scores, slice_bits=slice_bits))
-    module.sow("stats", "bits", mask_bits(masks, slice_bits))
-    return masks
-
-
-def multiply_slices(
-    x: Float[Array, "B T in"], masks: Float[Array, "B T E-1"], reads: Float[Array, "E rows columns"], dtype: DTypeLike
-) -> Float[Array, "B T out"]:
-    """``y = [x, m_2 x, ..., m_E x] @ [R_1; R_2; ...; R_E]`` with ``R_1 = W_1`` and ``R_e = W_e - W_{e-1}``.
-
-    Args:
-        x: input.
-        masks: of the slices from the second on, prefixes of ones.
-        reads: the weight at each depth.
-        dtype: of the multiplication and of the result.
-    """
-    residuals = jnp.diff(reads, axis=0, prepend=0.0)
-    every = jnp.concatenate([jnp.ones_like(masks[..., :1]), masks], axis=-1).astype(dtype)  # [B, T, E]
-    masked = every[..., None] * x.astype(dtype)[..., None, :]  # [B, T, E, in]
-    # Two contracted dimensions, not one of their product: a mesh splits the inputs.
-    y = jnp.einsum("btei,eio->bto", masked, residuals.astype(dtype), preferred_element_type=jnp.float32)
-    return y.astype(dtype)
+        reads = read(kernel, clipping, jnp.asarray(widths(slice_bits)))  # [E, in, out]
+        residuals = jnp.diff(reads, axis=0, prepend=0.0)
+        every = jnp.concatenate([jnp.ones_like(masks[..., :1]), masks], axis=-1).astype(self.dtype)  # [B, T, E]
+        masked = every[..., None] * x.astype(self.dtype)[..., None, :]  # [B, T, E, in]
+        # Two contracted dimensions, not one of their product: a mesh splits the inputs.
+        y = jnp.einsum("btei,eio->bto", masked, residuals.astype(self.dtype), preferred_element_type=jnp.float32)
+        return y.astype(self.dtype)
 
 
 def _kernel(module: "NestedLinear | RoutedLinear", in_features: int) -> tuple[Float[Array, "in out"], Clipping]:

@@ -21,7 +21,6 @@ from mobiquant_jax.calibration.epochs import SavedEpochs, load_or_remove
 from mobiquant_jax.calibration.generated import write_windows
 from mobiquant_jax.calibration.linears import Params
 from mobiquant_jax.calibration.observer import Observer
-from mobiquant_jax.calibration.routed_slices import RoutedSliceTuner
 from mobiquant_jax.calibration.routed_tuning import RoutedTrainer
 from mobiquant_jax.calibration.routers import Routers, RouterState, RouterTrainer, with_routers
 from mobiquant_jax.calibration.run_dir import FINE, ROUTED, ROUTER, SLICE, TUNING, RunDir
@@ -122,24 +121,11 @@ class ModelStages:
         if cal.slice_epochs:
             coarse = widths(self.elastic.slice_bits)[: cal.coarse_depth(self.elastic.slice_bits)]
             for final, width in pairwise(coarse):
-                alone = self._slice_tuner(common, final, width)
-                layers = self._tune_slices(
-                    alone, layers, lambda: tuned, dense, f"{SLICE}/{width}", f"slice to {width} bits"
-                )
+                rate = cal.slice_lr * 2 ** (CODE_BITS - width)
+                alone = SliceTuner(**common, final_width=final, reads=(width,), epochs=cal.slice_epochs, rate=rate)
+                stage, title = f"{SLICE}/{width}", f"slice to {width} bits"
+                layers = self._tune_slices(alone, layers, lambda: tuned, dense, stage, title)
         return layers
-
-    def _slice_tuner(self, common: dict[str, Any], final: int, width: int) -> SliceTuner:
-        """Tunes the slice that completes ``width`` bits, routed where there are budgets for it."""
-        cal = self.calibration
-        rate = cal.slice_lr * 2 ** (CODE_BITS - width)
-        kind = partial(SliceTuner, final_width=final, reads=(width,), epochs=cal.slice_epochs, rate=rate)
-        if cal.routed_epochs:
-            pairs = self.run.load_thresholds()
-            mine = pairs[(final < pairs[:, 0]) & (pairs[:, 0] <= width)]
-            if len(mine):
-                _, others = self._split_windows()
-                return RoutedSliceTuner(**(kind.keywords | common | {"windows": others}), pairs=mine)
-        return kind(**common)
 
     def _tune_slices(
         self,
@@ -152,7 +138,7 @@ class ModelStages:
     ) -> Params:
         """The packed layers after a stage that starts from ``weights()``."""
         tuned = self._distil(tuner, lambda: tuner.begin(layers, weights()), dense, stage, title, tuner.epochs)
-        return tuner.pack(layers, tuned)
+        return layers | {"slices": tuner.slices(tuned)}
 
     def _tune_routed(
         self, common: dict[str, Any], uniform: Callable[[], Params], tuner: EndToEndTrainer, dense: Params

@@ -24,7 +24,6 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from mobiquant_jax.calibration.distillation import Distiller
 from mobiquant_jax.calibration.end_to_end import EndToEndTrainer
 from mobiquant_jax.calibration.linears import RoutedLinear
 from mobiquant_jax.calibration.objective import budget_penalty
@@ -35,14 +34,29 @@ from mobiquant_jax.routing import FixedThreshold
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoutedDistiller(Distiller):
-    """What its stages share: budgets, gates and penalty.
+class RoutedTrainer(EndToEndTrainer):
+    """Tunes weights, clipping and routers of all blocks at once.
 
     Attributes:
         pairs: average bits to train at, none above ``calibration.fine_above``, and tau at each of them.
     """
 
+    STREAM = 4_000_000
+
     pairs: Float[np.ndarray, "budgets 2"]
+
+    @property
+    def linear(self) -> Callable[..., nn.Module]:
+        """See `Distiller`."""
+        depth = self.calibration.coarse_depth(self.elastic.slice_bits)
+        return partial(RoutedLinear, elastic=self.elastic, depth=depth)
+
+    @cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        """See `Distiller`."""
+        cal = self.calibration
+        rates = (cal.routed_weight_lr, cal.routed_clipping_lr, cal.routed_router_lr)
+        return optax.chain(optax.clip_by_global_norm(1.0), grouped_adamw(*rates, steps=cal.routed_epochs * self.steps))
 
     def draw_steps(self, rng: np.random.Generator) -> Float[np.ndarray, "steps 2"]:
         """See `Distiller`: a budget and its threshold."""
@@ -57,23 +71,3 @@ class RoutedDistiller(Distiller):
         """See `Distiller`."""
         used = jnp.mean(average_bits(self.config, stats["layers"]))
         return budget_penalty(used, drawn[0], self.calibration.routed_penalty)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoutedTrainer(RoutedDistiller, EndToEndTrainer):
-    """Tunes weights, clipping and routers of all blocks at once."""
-
-    STREAM = 4_000_000
-
-    @property
-    def linear(self) -> Callable[..., nn.Module]:
-        """See `Distiller`."""
-        depth = self.calibration.coarse_depth(self.elastic.slice_bits)
-        return partial(RoutedLinear, elastic=self.elastic, depth=depth)
-
-    @cached_property
-    def optimizer(self) -> optax.GradientTransformation:
-        """See `Distiller`."""
-        cal = self.calibration
-        rates = (cal.routed_weight_lr, cal.routed_clipping_lr, cal.routed_router_lr)
-        return optax.chain(optax.clip_by_global_norm(1.0), grouped_adamw(*rates, steps=cal.routed_epochs * self.steps))

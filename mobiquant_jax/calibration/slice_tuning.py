@@ -60,24 +60,11 @@ class PositionLinear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T in"], control: UniformWidth) -> Float[Array, "B T out"]:
         """``y = x @ W_width`` with a straight-through gradient to the positions."""
-        position, scale, zero = grid_parameters(self, x.shape[-1])
+        groups = (x.shape[-1] // self.elastic.group_size, self.features)
+        position = self.param("position", nn.initializers.zeros, (x.shape[-1], self.features))
+        scale = jax.lax.stop_gradient(self.param("scale", nn.initializers.ones, groups))
+        zero = jax.lax.stop_gradient(self.param("zero", nn.initializers.zeros, groups))
         return project(x.astype(self.dtype), read_position(position, scale, zero, control.width)).astype(self.dtype)
-
-
-def grid_parameters(
-    module: Any, in_features: int
-) -> tuple[Float[Array, "in out"], Float[Array, "groups out"], Float[Array, "groups out"]]:
-    """Positions, scales and zero points, as parameters of the calling module; only positions have a gradient."""
-    groups = (in_features // module.elastic.group_size, module.features)
-    position = module.param("position", nn.initializers.zeros, (in_features, module.features))
-    scale = module.param("scale", nn.initializers.ones, groups)
-    zero = module.param("zero", nn.initializers.zeros, groups)
-    return position, jax.lax.stop_gradient(scale), jax.lax.stop_gradient(zero)
-
-
-def linears_of(params: Params) -> list[tuple[str, str]]:
-    """Part and name of each linear of `positions`."""
-    return [(part, name) for part, leaves in params.items() if part not in _NORMS for name in leaves]
 
 
 def positions(layers: Params, weights: Params, final_width: int) -> Params:
@@ -165,7 +152,7 @@ class SliceTuner(Distiller):
         """See `Distiller`: no weight leaves its bin at the last final width."""
 
         def one(path: Any, new: Array, old: Array) -> Array:
-            return _in_bin(new, old, self.final_width) if _names_position(path) else new
+            return _in_bin(new, old, self.final_width) if path[-1].key == "position" else new
 
         return jax.tree_util.tree_map_with_path(one, params, before)
 
@@ -176,10 +163,6 @@ class SliceTuner(Distiller):
 
     def _positions(self, layers: Params, weights: Params) -> Params:
         return positions(layers, weights, self.final_width)
-
-    def pack(self, layers: Params, tuned: Params) -> Params:
-        """The packed blocks with what was tuned."""
-        return layers | {"slices": self.slices(tuned)}
 
     @cached_property
     def slices(self) -> Callable[[Params], Params]:
@@ -201,8 +184,4 @@ class SliceTuner(Distiller):
 
 
 def _is_position(params: Params) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, _: _names_position(path), params)
-
-
-def _names_position(path: Any) -> bool:
-    return getattr(path[-1], "key", None) == "position"
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "position", params)

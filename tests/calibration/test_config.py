@@ -45,6 +45,8 @@ from mobiquant_jax.calibration.config import Stage, stages
             dict(routed_epochs=2, threshold_scope="linear"),
             "calibration.threshold_scope='linear': routers that routed_epochs train share one threshold, 'global'",
         ),
+        (dict(slice_epochs=2), "calibration.slice_epochs=2 needs end_epochs or routed_epochs"),
+        (dict(recipe="paper", slice_epochs=2), "calibration.slice_epochs=2: the recipe 'paper' ends with the blocks"),
         (dict(fine_epochs=-1), "calibration.fine_epochs=-1 must be finite and not negative"),
         (dict(recipe="paper", fine_above=4), "calibration.fine_above=4: the recipe 'paper' trains all slices together"),
         (dict(fine_epochs=2), "calibration.fine_epochs=2 needs fine_above below 8"),
@@ -81,6 +83,7 @@ from mobiquant_jax.calibration.config import Stage, stages
                 "router_lr",
                 "end_weight_lr",
                 "end_clipping_lr",
+                "slice_lr",
                 "fine_lr",
                 "fit_lr",
             )
@@ -129,8 +132,10 @@ def test_routed_tuning_needs_slices_to_choose_from():
         ValueError, match=r"^router.budget_grid \(2, 4, 8\) has nothing between 2 and fine_above=4 bits"
     ):
         routed.check_slices((2, 2, 4), (2, 4, 8))
-    with pytest.raises(ValueError, match=r"^calibration.fine_above=2: routed_epochs needs two slices below it"):
-        dataclasses.replace(routed, fine_above=2, budgets=(2.0, 4.0, 8.0)).check_slices((2, 2, 4), (2, 3, 4, 8))
+    alone = dict(routed_epochs=0, end_epochs=1, slice_epochs=1)
+    for name, changes in (("routed_epochs", {}), ("slice_epochs", alone)):
+        with pytest.raises(ValueError, match=f"^calibration.fine_above=2: {name} needs two slices up to it$"):
+            dataclasses.replace(routed, fine_above=2, **changes).check_slices((2, 2, 4), (2, 3, 4, 8))
 
 
 def test_samples_per_budget():

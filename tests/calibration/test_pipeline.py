@@ -340,7 +340,7 @@ def test_each_slice_is_tuned_alone_from_the_tuned_weights(
         if isinstance(self, SliceTuner):
             before = np.asarray(state.params["mlp"]["up_proj"]["position"])
             moved = jax.tree_util.tree_map_with_path(
-                lambda path, leaf: leaf + 40.0 if getattr(path[-1], "key", "") == "position" else leaf, state.params
+                lambda path, leaf: leaf + 40.0 if path[-1].key == "position" else leaf, state.params
             )
             state = dataclasses.replace(state, params=self.constrain(moved, state.params))
             after = np.asarray(state.params["mlp"]["up_proj"]["position"])

@@ -11,6 +11,7 @@ from absl import flags
 
 from mobiquant_jax.analysis import policies_table
 from mobiquant_jax.aot import render_table
+from mobiquant_jax.baselines import perplexity_table
 from mobiquant_jax.benchmark import summary
 from mobiquant_jax.config_flags import run
 from mobiquant_jax.evaluation import markdown_table
@@ -53,6 +54,8 @@ def table(result: dict[str, Any]) -> str:
         return summary(result)
     if "conversions" in result:
         return conversions_table(result["conversions"])
+    if "sessions" in result:
+        return perplexity_table(result)
     if "compiled" in result:
         return render_table(result["compiled"])
     return policies_table(result) if "policies" in result else markdown_table(result)

@@ -19,6 +19,7 @@ from mobiquant_jax.baselines.results import Results, best_settings, open_results
 from mobiquant_jax.baselines.rtn import RTNConfig
 from mobiquant_jax.baselines.settings import program
 from mobiquant_jax.baselines.spec import BlockOutcome, BlockTask, QuantSpec
+from mobiquant_jax.baselines.table import perplexity_table
 
 __all__ = [
     "METHODS",
@@ -39,6 +40,7 @@ __all__ = [
     "check_bits",
     "find_method",
     "open_results",
+    "perplexity_table",
     "program",
     "quantize_blocks",
     "quantize_model",

@@ -1,0 +1,61 @@
+"""The table of perplexities for people: a line for each method and width, its seeds together."""
+
+import math
+from functools import partial
+from typing import Any
+
+from mobiquant_jax.baselines.results import Row
+
+_MODEL = ("bits", "method", "calibrated_bits")
+
+
+def perplexity_table(content: dict[str, Any]) -> str:
+    """Markdown of results: mean over seeds, the least and the greatest beside it; and where the rows came from.
+
+    Args:
+        content: of a file of results; settings are left out, so each method and width should have one choice of them.
+    """
+    rows = content["rows"]
+    texts = list(dict.fromkeys(row["text"] for row in rows))
+    models: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        models.setdefault(tuple(row[name] for name in _MODEL), []).append(row)
+    head = ["bits", "method", *texts, "seeds", "settings tried", "seconds"]
+    lines = [_line(head), f"|{'---|' * len(head)}"]
+    for (bits, method, calibrated), mine in sorted(models.items(), key=partial(_order, texts[:1])):
+        name = method if calibrated == bits else f"{method}, made at {calibrated:g} bits"
+        cells = [_cell([row["perplexity"] for row in mine if row["text"] == text]) for text in texts]
+        seeds = {row["seed"] for row in mine} - {None}
+        tried = next((row["settings_tried"] for row in mine if row["settings_tried"] is not None), None)
+        seconds = sum(row["seconds"] for row in mine) / len(mine)
+        known = [str(len(seeds) or "-"), "-" if tried is None else str(tried), f"{seconds:.0f}" if seconds else "-"]
+        lines.append(_line(["-" if bits is None else f"{bits:g}", name, *cells, *known]))
+    return "\n".join([*lines, "", _sources(content["sessions"])])
+
+
+def _order(texts: list[str], item: tuple[tuple[Any, ...], list[Row]]) -> tuple[Any, ...]:
+    """By width, unquantized first; at one width by perplexity on these texts, what was made for another one last."""
+    (bits, _, calibrated), rows = item
+    return (bits or 0, calibrated != bits, sum(row["perplexity"] or math.inf for row in rows if row["text"] in texts))
+
+
+def _cell(found: list[float | None]) -> str:
+    numbers = [value for value in found if value is not None]
+    if len(numbers) < len(found):
+        return "not finite"
+    if not numbers:
+        return "not measured"
+    mean = f"{sum(numbers) / len(numbers):.4g}"
+    return mean if len(numbers) == 1 else f"{mean} ({min(numbers):.4g} to {max(numbers):.4g})"
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _sources(sessions: list[dict[str, Any]]) -> str:
+    """Commits, devices and versions of all sessions; the commands are in the file."""
+    commits = ", ".join(dict.fromkeys(session["commit"][:7] for session in sessions))
+    devices = ", ".join(dict.fromkeys(device for session in sessions for device in session["devices"]))
+    versions = ", ".join(dict.fromkeys(f"jax {session['versions']['jax']}" for session in sessions))
+    return f"Perplexities, mean (least to greatest); at {commits}: {devices}; {versions}. The file has every command."

@@ -1,0 +1,51 @@
+"""The table of perplexities: a line a method and width, seeds together, the best of a width first."""
+
+from mobiquant_jax.baselines import perplexity_table
+
+
+def row(method, bits, text, perplexity, seed=None, calibrated=None, tried=None, seconds=0.0):
+    return {
+        "method": method,
+        "bits": bits,
+        "calibrated_bits": calibrated or bits,
+        "seed": seed,
+        "text": text,
+        "perplexity": perplexity,
+        "settings_tried": tried,
+        "seconds": seconds,
+    }
+
+
+def session(commit, device):
+    return {"commit": commit, "devices": [device], "versions": {"jax": "1.2"}}
+
+
+def test_seeds_stand_together_and_the_best_of_a_width_comes_first():
+    rows = [
+        row("rtn", 3, "a", 115.07),
+        row("rtn", 3, "b", 50.0),
+        *(
+            row("qat", 3, text, value + seed, seed=seed, tried=5, seconds=30.0 + seed)
+            for seed in range(3)
+            for text, value in (("a", 37.0), ("b", 90.0))
+        ),
+        row("omniquant", 3, "a", 20.0, seed=0, calibrated=4, tried=2, seconds=9.0),
+        row("gptq", 2, "a", None, tried=1, seconds=4.4),
+        row("rtn", 2, "a", 736872.5),
+        row("unquantized", None, "a", 28.7213),
+    ]
+    found = perplexity_table(
+        {"rows": rows, "sessions": [session("0123456789", "X"), session("0123456789", "X"), session("fedcba98", "Y")]}
+    )
+    assert found.split("\n") == [
+        "| bits | method | a | b | seeds | settings tried | seconds |",
+        "|---|---|---|---|---|---|---|",
+        "| - | unquantized | 28.72 | not measured | - | - | - |",
+        "| 2 | rtn | 7.369e+05 | not measured | - | - | - |",
+        "| 2 | gptq | not finite | not measured | - | 1 | 4 |",
+        "| 3 | qat | 38 (37 to 39) | 91 (90 to 92) | 3 | 5 | 31 |",
+        "| 3 | rtn | 115.1 | 50 | - | - | - |",
+        "| 3 | omniquant, made at 4 bits | 20 | not measured | 1 | 2 | 9 |",
+        "",
+        "Perplexities, mean (least to greatest); at 0123456, fedcba9: X, Y; jax 1.2. The file has every command.",
+    ]

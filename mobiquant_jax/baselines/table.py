@@ -36,7 +36,8 @@ def perplexity_table(content: dict[str, Any]) -> str:
 def _order(texts: list[str], item: tuple[tuple[Any, ...], list[Row]]) -> tuple[Any, ...]:
     """By width, unquantized first; at one width by perplexity on these texts, what was made for another one last."""
     (bits, _, calibrated), rows = item
-    return (bits or 0, calibrated != bits, sum(row["perplexity"] or math.inf for row in rows if row["text"] in texts))
+    found = [row["perplexity"] or math.inf for row in rows if row["text"] in texts]
+    return (bits or 0, calibrated != bits, sum(found) / max(len(found), 1))
 
 
 def _cell(found: list[float | None]) -> str:

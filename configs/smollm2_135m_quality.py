@@ -25,7 +25,8 @@ def get_config() -> ConfigDict:
 
     config.model.dither = True
     config.quant.slice_bits = (2, 1, 1, 2, 2)
-    config.router.budget_grid = (*(2 + i / 4 for i in range(11)), 5.0, 5.5, 6.0, 6.5, 7.0, 7.5, 7.75, 8.0)
+    config.router.budget_grid = (2.0, 2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 3.75, 3.9, 4.0, 4.1, 4.25, 4.5, 5.0, 5.5, 6.0)
+    config.router.budget_grid += (6.5, 7.0, 7.5, 7.75, 8.0)
 
     config.data.source = "file:c4.txt,valid.txt"
     config.calibration.windows = 128

@@ -5,8 +5,8 @@
 
 Needs no accelerator, but the TPU compiler: pip install 'mobiquant_jax[tpu]'. Training runs the recipe's windows a step
 (--config.calibration.batch_size, end_batch_size, fit_batch_size): fewer than data x fsdp leave chips without windows
-of their own. Tuning, by width and routed, that of the finer slices and fitting are part of the recipe where
---config.calibration.end_epochs, routed_epochs, fine_epochs and fit_epochs are positive.
+of their own. Tuning, by width, routed and of slices alone, and fitting are part of the recipe where
+--config.calibration.end_epochs, routed_epochs, slice_epochs or fine_epochs, and fit_epochs are positive.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ CONTEXT = flags.DEFINE_integer("context", 2048, "tokens of each sequence")
 ONLY = flags.DEFINE_list(
     "programs",
     None,
-    "which to compile of calibration, tuning, fine, fitting, prefill, decode; all of the recipe if not given",
+    "which to compile of calibration, tuning, routed, slices, fitting, prefill, decode; all of the recipe if not given",
 )
 OUTPUT = flags.DEFINE_string("output", None, "JSON file whose records of these programs on this mesh are replaced")
 

@@ -54,15 +54,15 @@ def training_programs(
     """
     makers: list[Callable[..., Program]] = [_calibration]
     if calibration.end_epochs:
-        makers.append(partial(_distillation, "tuning", EndToEndTrainer))
+        makers.append(partial(_distillation, "tuning", EndToEndTrainer, 0))
     if calibration.routed_epochs:
         budget = float(elastic.slice_bits[0])
         kind = partial(RoutedTrainer, pairs=np.array([[budget, 0.0]]))
-        makers.append(partial(_distillation, "routed", kind))
+        makers.append(partial(_distillation, "routed", kind, calibration.threshold_windows))
     if calibration.slice_epochs or calibration.fine_epochs:
         final, read = elastic.slice_bits[0], sum(elastic.slice_bits[:2])
         alone = partial(SliceTuner, final_width=final, reads=(read,), epochs=1, rate=0.01)
-        makers.append(partial(_distillation, "slices", alone))
+        makers.append(partial(_distillation, "slices", alone, 0))
     fits = calibration.tuned_scores(elastic.slice_bits) < len(elastic.slice_bits) - 1
     if calibration.recipe == "elastic" and calibration.fit_epochs and fits:
         makers.append(_fitting)
@@ -100,12 +100,14 @@ def _calibration(config: LlamaConfig, elastic: ElasticConfig, calibration: Calib
 def _distillation(
     name: str,
     kind: Callable[..., Distiller],
+    held: int,
     config: LlamaConfig,
     elastic: ElasticConfig,
     calibration: CalibrationConfig,
     mesh: Mesh,
 ) -> Program:
-    windows = np.zeros((calibration.windows, calibration.window_length), np.int32)
+    """An epoch over all windows but ``held`` of them."""
+    windows = np.zeros((calibration.windows - held, calibration.window_length), np.int32)
     trainer = kind(
         config=config,
         elastic=elastic,

@@ -23,12 +23,13 @@ def perplexity_table(content: dict[str, Any]) -> str:
     head = ["bits", "method", *texts, "seeds", "settings tried", "seconds"]
     lines = [_line(head), f"|{'---|' * len(head)}"]
     for (bits, method, calibrated), mine in sorted(models.items(), key=partial(_order, texts[:1])):
-        name = method if calibrated == bits else f"{method}, made at {calibrated:g} bits"
+        name = method if calibrated in (None, bits) else f"{method}, made at {calibrated:g} bits"
         cells = [_cell([row["perplexity"] for row in mine if row["text"] == text]) for text in texts]
         seeds = {row["seed"] for row in mine} - {None}
         tried = next((row["settings_tried"] for row in mine if row["settings_tried"] is not None), None)
-        seconds = sum(row["seconds"] for row in mine) / len(mine)
-        known = [str(len(seeds) or "-"), "-" if tried is None else str(tried), f"{seconds:.0f}" if seconds else "-"]
+        seconds = [row["seconds"] for row in mine if row["seconds"]]  # a run that was resumed does not know
+        took = f"{sum(seconds) / len(seconds):.0f}" if seconds else "-"
+        known = [str(len(seeds) or "-"), "-" if tried is None else str(tried), took]
         lines.append(_line(["-" if bits is None else f"{bits:g}", name, *cells, *known]))
     return "\n".join([*lines, "", _sources(content["sessions"])])
 
@@ -37,7 +38,7 @@ def _order(texts: list[str], item: tuple[tuple[Any, ...], list[Row]]) -> tuple[A
     """By width, unquantized first; at one width by perplexity on these texts, what was made for another one last."""
     (bits, _, calibrated), rows = item
     found = [row["perplexity"] or math.inf for row in rows if row["text"] in texts]
-    return (bits or 0, calibrated != bits, sum(found) / max(len(found), 1))
+    return (bits or 0, calibrated not in (None, bits), sum(found) / max(len(found), 1))
 
 
 def _cell(found: list[float | None]) -> str:

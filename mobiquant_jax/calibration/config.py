@@ -23,7 +23,8 @@ class CalibrationConfig:
         windows: calibration windows; a multiple of the number of budgets.
         window_length: tokens a window.
         batch_size: windows a step; all at one budget.
-        budgets: average bits that the windows are streamed at, and that all stages but routed tuning train at.
+        budgets: average bits that the windows are streamed at, and that blocks, end-to-end tuning and the fitting of
+            routers train at.
         budgets_per_window: at how many of the budgets each window is streamed.
         scale_width: bits at which channel scales are to be right (`channel_scales`); 0 for none.
         epochs: epochs of a block's training.
@@ -51,12 +52,14 @@ class CalibrationConfig:
         fine_above: bits of a code that these two stages train, at budgets of up to so many only; then the slices
             beyond start from the unquantized weights. With 8 all slices are trained together.
         slice_epochs: epochs of tuning each slice alone after them, from the second on, the coarser ones final; see
-            `slice_tuning`. Batches, windows and saves, here and for the finer slices, are as in end-to-end tuning.
+            `slice_tuning`. Batches, windows and saves, here and for the finer slices, are as in end-to-end tuning; the
+            weights before it stay in memory until the last slice starts.
         slice_lr: peak learning rate in it, in steps of the code that the slice completes.
         fine_epochs: epochs of tuning the slices beyond ``fine_above`` alone, all of them together.
         fine_lr: peak learning rate of those, in steps of the 8-bit code.
-        end_save_seconds: its state, like that of every stage after it, is saved after the first epoch that ends so long
-            after the last save, since saving may take longer than an epoch: a kill costs this and an epoch of each.
+        end_save_seconds: the state of end-to-end tuning, like that of every stage after it, is saved after the first
+            epoch that ends so long after the last save, since saving may take longer than an epoch: a kill costs this
+            and an epoch of each.
         fit_epochs: epochs of fitting all routers together to what their slices gain, once the weights are final; with
             0 they know their input's magnitude and their linear's mean gain. After routed tuning only the scores of
             finer slices are fitted; those know the mean gain alone with 0. The recipe "paper" keeps the blocks' own.
@@ -147,7 +150,7 @@ class CalibrationConfig:
         for name in ("end_epochs", "routed_epochs", "slice_epochs"):
             if self.recipe == "paper" and getattr(self, name):
                 raise ValueError(f"calibration.{name}={getattr(self, name)}: the recipe 'paper' ends with the blocks")
-        if self.slice_epochs and not self.distils_coarse:
+        if self.slice_epochs > 0 and not self.distils_coarse:
             raise ValueError(f"calibration.slice_epochs={self.slice_epochs} needs end_epochs or routed_epochs")
         if self.routed_epochs and self.end_batch_size > self.windows - self.threshold_windows:
             raise ValueError(

@@ -76,6 +76,11 @@ class Distiller:
     mesh: Mesh = field(default_factory=one_device)
 
     @property
+    def stream(self) -> int:
+        """`STREAM`, or where a stage has several parts that of this one; an epoch adds its number."""
+        return self.STREAM
+
+    @property
     def linear(self) -> Callable[..., nn.Module]:
         """The module of the student's linears."""
         raise NotImplementedError
@@ -156,7 +161,7 @@ class Distiller:
             The new state, the epoch's mean divergence, and whether every step was finite.
         """
         cal = self.calibration
-        rng = np.random.default_rng([cal.seed, self.STREAM + index])
+        rng = np.random.default_rng([cal.seed, self.stream + index])
         windows = self._draw_windows(rng)[: self.steps * cal.end_batch_size]
         batches = windows.reshape(self.steps, cal.end_batch_size, -1)
         tokens = place(batches, self.placement.batched(batches.shape, dim=1))

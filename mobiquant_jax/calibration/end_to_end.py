@@ -1,6 +1,6 @@
 """End-to-end tuning: weights and clipping of all blocks, at every width or, where finer slices follow, the coarse ones.
 
-All tokens of a step read one width. See `distillation` for the loss, `routed_tuning` and `fine_slices` for what may
+All tokens of a step read one width. See `distillation` for the loss, `routed_tuning` and `slice_tuning` for what may
 follow.
 """
 

@@ -26,7 +26,7 @@ from mobiquant_jax.calibration.routers import Routers, RouterState, RouterTraine
 from mobiquant_jax.calibration.run_dir import FINE, ROUTED, ROUTER, SLICE, TUNING, RunDir
 from mobiquant_jax.calibration.slice_tuning import SliceTuner
 from mobiquant_jax.calibration.thresholds import collect_scores, record_thresholds, shared_thresholds
-from mobiquant_jax.calibration.tiers import lower_finer, overlap
+from mobiquant_jax.calibration.tiers import lower_finer, shift_below
 from mobiquant_jax.models import LlamaConfig
 from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel, Variables
 from mobiquant_jax.quant import CODE_BITS, widths
@@ -64,6 +64,7 @@ class ModelStages:
     def tune(
         self,
         dense: Params,
+        *,
         trained: Callable[[], Params],
         packed: Callable[[], Params],
         scaled: Callable[[], Params],
@@ -106,7 +107,14 @@ class ModelStages:
         recorded, others = self._split_windows()
         if self.calibration.recipe == "elastic":
             model = dataclasses.replace(model, variables=self._fit_routers(model, recorded, others))
-        return record_thresholds(model, recorded, self.calibration.threshold_scope, self.observer.on_budget)
+        kept = self._kept_scores
+        coarse = kept if kept < len(self.elastic.slice_bits) - 1 else 0
+        return record_thresholds(model, recorded, self.calibration.threshold_scope, self.observer.on_budget, coarse)
+
+    @property
+    def _kept_scores(self) -> int:
+        """Of how many slices, from the second on, routed tuning has trained the scores."""
+        return self.calibration.tuned_scores(self.elastic.slice_bits)
 
     def _tune_coarse(self, trained: Callable[[], Params], common: dict[str, Any], dense: Params) -> Params:
         """The packed layers after tuning at uniform widths, then routed, and then each slice alone."""
@@ -116,15 +124,17 @@ class ModelStages:
         def uniform() -> Params:
             return self._distil(tuner, trained, dense, TUNING, "end to end", cal.end_epochs)
 
-        tuned = self._tune_routed(common, uniform, tuner, dense) if cal.routed_epochs else uniform()
-        layers = tuner.pack(tuned)
+        tuned = [self._tune_routed(common, uniform, tuner, dense) if cal.routed_epochs else uniform()]
+        layers = tuner.pack(tuned[0])
         if cal.slice_epochs:
             coarse = widths(self.elastic.slice_bits)[: cal.coarse_depth(self.elastic.slice_bits)]
             for final, width in pairwise(coarse):
                 rate = cal.slice_lr * 2 ** (CODE_BITS - width)
                 alone = SliceTuner(**common, final_width=final, reads=(width,), epochs=cal.slice_epochs, rate=rate)
                 stage, title = f"{SLICE}/{width}", f"slice to {width} bits"
-                layers = self._tune_slices(alone, layers, lambda: tuned, dense, stage, title)
+                # Not kept in memory while the last one trains.
+                weights = partial(tuned.pop if width == coarse[-1] else tuned.__getitem__, 0)
+                layers = self._tune_slices(alone, layers, weights, dense, stage, title)
         return layers
 
     def _tune_slices(
@@ -219,7 +229,7 @@ class ModelStages:
     ) -> Variables:
         """The variables with routers fitted to them: all or, after routed tuning, what scores the finer slices."""
         cal = self.calibration
-        kept = cal.tuned_scores(self.elastic.slice_bits)
+        kept = self._kept_scores
         if kept == len(self.elastic.slice_bits) - 1:
             return model.variables
         trainer = RouterTrainer(
@@ -240,11 +250,11 @@ class ModelStages:
             @jax.jit
             def measure(routers: Routers, variables: Variables, tokens: Int[Array, "n T"]) -> Array:
                 coarse = UniformDepth(depth=jnp.array([kept + 1]))
-                return overlap(collect_scores(model, with_routers(variables, routers), tokens, coarse), kept)
+                return shift_below(collect_scores(model, with_routers(variables, routers), tokens, coarse), kept)
 
             by = float(measure(routers, model.variables, self.placement.put_batch(recorded)))
             if not np.isfinite(by):
-                raise ValueError(f"the routers' scores of finer slices reach {by} nats into those of coarse ones")
+                raise ValueError(f"the routers' scores are not finite: those of finer slices are {by} nats too high")
             routers = lower_finer(routers, by, kept)
         return with_routers(model.variables, routers)
 

@@ -246,4 +246,4 @@ class Calibrator:
             scales = self.placement.put_whole(stack_scales(self._load_scales()))
             return jax.jit(self._folded)(dense["layers"], scales)
 
-        return stages.tune(dense, trained, partial(self._packed_blocks, trainer), scaled)
+        return stages.tune(dense, trained=trained, packed=partial(self._packed_blocks, trainer), scaled=scaled)

@@ -120,6 +120,11 @@ class SliceTuner(Distiller):
     rate: float
 
     @property
+    def stream(self) -> int:
+        """See `Distiller`."""
+        return self.STREAM + 100_000 * self.final_width
+
+    @property
     def linear(self) -> Callable[..., nn.Module]:
         """See `Distiller`."""
         return partial(PositionLinear, elastic=self.elastic)

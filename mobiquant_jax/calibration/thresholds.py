@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from mobiquant_jax.models import LlamaConfig
 from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel, Variables
+from mobiquant_jax.quant import widths
 from mobiquant_jax.routing import (
     BatchBudget,
     FixedThreshold,
@@ -37,6 +38,7 @@ def record_thresholds(
     windows: Int[np.ndarray, "n T"],
     scope: str = "linear",
     progress: Callable[[float, int], None] = lambda bits, left: None,
+    coarse: int = 0,
 ) -> Variables:
     """Fills every linear's ``thresholds``.
 
@@ -46,6 +48,9 @@ def record_thresholds(
         scope: ``"linear"``: every linear reads ``bits`` on average. ``"global"``: one threshold for all linears,
             at which the model reads ``bits`` on average, so that sensitive linears may read more.
         progress: called with each budget as it is done, from high to low, and how many are left.
+        coarse: of so many slices, from the second on, all scores lie above those of the others (`tiers`); 0 where
+            there is no such border. In scope "global" the threshold at their bits is the middle between the two: a
+            quantile of millions of scores may miss the border by some.
 
     Returns:
         The model's variables with a new collection ``routing``.
@@ -57,7 +62,7 @@ def record_thresholds(
         raise ValueError("an unquantized model has no thresholds to record")
     placement = model.placement or Placement.create(one_device(), model.config, model.elastic)
     tokens = placement.put_batch(windows)
-    record = _record_linear if scope == "linear" else _record_global
+    record = _record_linear if scope == "linear" else partial(_record_global, coarse=coarse)
     columns = {}
     for bits, column in record(model, model.elastic, tokens, placement):
         columns[bits] = jax.device_get(column)
@@ -83,7 +88,7 @@ def _record_linear(
 
 
 def _record_global(
-    model: ElasticModel, elastic: ElasticConfig, tokens: Int[Array, "n T"], placement: Placement
+    model: ElasticModel, elastic: ElasticConfig, tokens: Int[Array, "n T"], placement: Placement, coarse: int
 ) -> Iterator[tuple[float, Any]]:
     """As `_record_linear`, with one threshold for all linears.
 
@@ -94,7 +99,12 @@ def _record_global(
 
     def pooled(scores: Scores, bits: Float[Array, ""]) -> Float[Array, ""]:
         flat, weights = pool(model.config, scores)
-        return _finite_threshold(flat, bits, elastic.slice_bits, weights)
+        found = _finite_threshold(flat, bits, elastic.slice_bits, weights)
+        if not coarse:
+            return found
+        ranked = prefix_scores(flat)
+        border = (ranked[:, coarse - 1].min() + ranked[:, coarse].max()) / 2
+        return jnp.where(bits == widths(elastic.slice_bits)[coarse], border, found)
 
     def first(variables: Variables, tokens: Int[Array, "n T"]) -> Scores:
         return collect_scores(model, variables, tokens, UniformDepth(depth=jnp.array([len(elastic.slice_bits)])))

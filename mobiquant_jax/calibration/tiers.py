@@ -1,4 +1,4 @@
-"""Slices in two tiers: no token reads a finer slice before all read every coarser one.
+"""Slices in two tiers: no token reads a finer slice before all read every coarser one, on the text it is measured on.
 
 Routers and weights that were tuned together (`routed_tuning`) know depths of up to ``calibration.fine_above`` bits.
 Scores of the slices beyond are fitted afterwards, to other gains, and are not comparable: one threshold for both would
@@ -7,8 +7,8 @@ a gap lies between the tiers:
 
     S_e -= max S_f - min M_c + GAP      M_c = min_{j <= c} S_j
 
-with c the last coarse slice and f the first finer one. At as many bits as the coarse slices have the threshold lies
-in the gap, and every token reads just these.
+with c the last coarse slice and f the first finer one. At as many bits as the coarse slices have, the threshold is
+recorded in the middle of the gap, and all tokens read just these.
 """
 
 import dataclasses
@@ -21,10 +21,10 @@ from jaxtyping import Array, Float
 from mobiquant_jax.calibration.thresholds import Scores
 from mobiquant_jax.routing import Router, prefix_scores
 
-GAP = 1.0  # of scores, which are logarithms
+GAP = 1.0  # of scores, which are logarithms: room for those of other text
 
 
-def overlap(scores: Scores, coarse: int) -> Float[Array, ""]:
+def shift_below(scores: Scores, coarse: int) -> Float[Array, ""]:
     """By how much the finer slices' scores must fall to lie below the coarse ones'; negative where they may rise.
 
     Args:

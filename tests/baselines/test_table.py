@@ -7,7 +7,7 @@ def row(method, bits, text, perplexity, seed=None, calibrated=None, tried=None, 
     return {
         "method": method,
         "bits": bits,
-        "calibrated_bits": calibrated or bits,
+        "calibrated_bits": calibrated,
         "seed": seed,
         "text": text,
         "perplexity": perplexity,
@@ -22,16 +22,18 @@ def session(commit, device):
 
 def test_seeds_stand_together_and_the_best_of_a_width_comes_first():
     rows = [
-        row("rtn", 3, "a", 100.07),
-        row("rtn", 3, "b", 50.0),
+        row("rtn", 3, "a", 100.07, calibrated=3),
+        row("rtn", 3, "b", 50.0, calibrated=3),
         *(
-            row("qat", 3, text, value + seed, seed=seed, tried=5, seconds=30.0 + seed)
+            row("qat", 3, text, value + seed, seed=seed, calibrated=3, tried=5, seconds=30.0 + seed)
             for seed in range(3)
             for text, value in (("a", 37.0), ("b", 90.0))
         ),
         row("omniquant", 3, "a", 20.0, seed=0, calibrated=4, tried=2, seconds=9.0),
-        row("gptq", 2, "a", None, tried=1, seconds=4.4),
-        row("rtn", 2, "a", 736872.5),
+        row("elastic", 3, "a", 30.0, seed=0, seconds=500.0),
+        row("elastic", 3, "a", 32.0, seed=1, seconds=None),
+        row("gptq", 2, "a", None, calibrated=2, tried=1, seconds=4.4),
+        row("rtn", 2, "a", 736872.5, calibrated=2),
         row("unquantized", None, "a", 28.7213),
     ]
     found = perplexity_table(
@@ -43,6 +45,7 @@ def test_seeds_stand_together_and_the_best_of_a_width_comes_first():
         "| - | unquantized | 28.72 | not measured | - | - | - |",
         "| 2 | rtn | 7.369e+05 | not measured | - | - | - |",
         "| 2 | gptq | not finite | not measured | - | 1 | 4 |",
+        "| 3 | elastic | 31 (30 to 32) | not measured | 2 | - | 500 |",
         "| 3 | qat | 38 (37 to 39) | 91 (90 to 92) | 3 | 5 | 31 |",
         "| 3 | rtn | 100.1 | 50 | - | - | - |",
         "| 3 | omniquant, made at 4 bits | 20 | not measured | 1 | 2 | 9 |",

@@ -46,6 +46,7 @@ from mobiquant_jax.calibration.config import Stage, stages
             "calibration.threshold_scope='linear': routers that routed_epochs train share one threshold, 'global'",
         ),
         (dict(slice_epochs=2), "calibration.slice_epochs=2 needs end_epochs or routed_epochs"),
+        (dict(slice_epochs=-1), "calibration.slice_epochs=-1 must be finite and not negative"),
         (dict(recipe="paper", slice_epochs=2), "calibration.slice_epochs=2: the recipe 'paper' ends with the blocks"),
         (dict(fine_epochs=-1), "calibration.fine_epochs=-1 must be finite and not negative"),
         (dict(recipe="paper", fine_above=4), "calibration.fine_above=4: the recipe 'paper' trains all slices together"),

@@ -19,6 +19,7 @@ from mobiquant_jax.calibration import BlockReport, BlockTrainer, Calibrator, Run
 from mobiquant_jax.calibration.channel_scales import fold, stack_scales
 from mobiquant_jax.calibration.distillation import Distiller
 from mobiquant_jax.calibration.linears import trainable
+from mobiquant_jax.calibration.routed_tuning import RoutedTrainer
 from mobiquant_jax.calibration.routers import RouterState, RouterTrainer, routers_of
 from mobiquant_jax.calibration.run_dir import FINE, ROUTED, SLICE, TUNING
 from mobiquant_jax.calibration.slice_tuning import SliceTuner
@@ -331,6 +332,17 @@ def test_a_run_ends_with_the_finer_slices(
     assert np.mean(unsure) < 0.02 and np.any(after != before)
 
 
+def moved_by_routed_tuning(params):
+    """Every kernel by a tenth, and routers by what no other stage adds."""
+
+    def move(path, leaf):
+        if getattr(path[-1], "name", "") == "output_bias":
+            return leaf + 3.0
+        return 1.1 * leaf if getattr(path[-1], "key", "") == "kernel" else leaf
+
+    return jax.tree_util.tree_map_with_path(move, params)
+
+
 def test_each_slice_is_tuned_alone_from_the_tuned_weights(
     calibrator, trained, recorded, params, windows, monkeypatch, elastic
 ):
@@ -338,6 +350,8 @@ def test_each_slice_is_tuned_alone_from_the_tuned_weights(
     stages = []
 
     def epoch(self, state, dense, index):
+        if isinstance(self, RoutedTrainer):
+            return dataclasses.replace(state, params=moved_by_routed_tuning(state.params)), 0.5, True
         if isinstance(self, SliceTuner):
             before = np.asarray(state.params["mlp"]["up_proj"]["position"])
             moved = jax.tree_util.tree_map_with_path(
@@ -349,20 +363,23 @@ def test_each_slice_is_tuned_alone_from_the_tuned_weights(
         return state, 0.5, True
 
     monkeypatch.setattr(Distiller, "epoch", epoch)
-    three = dataclasses.replace(elastic, slice_bits=(2, 2, 2, 2), budget_grid=(2.0, 4.0, 8.0))
-    changes = dict(budgets=(2.0, 6.0), fine_above=6, end_epochs=1)
+    four = dataclasses.replace(elastic, slice_bits=(2, 2, 2, 2), budget_grid=(2.0, 4.0, 8.0))
+    changes = dict(budgets=(2.0, 6.0), fine_above=6, end_epochs=1, routed_epochs=1)
 
-    def codes(name, **more):
-        run = dataclasses.replace(calibrator(name, Recorder(), **changes, **more), elastic=three)
-        weight = run.calibrate(params, windows)["slices"]["layers"]["mlp"]["up_proj"]["weight"]
-        return np.asarray(jax.vmap(SlicedWeight.codes)(weight), np.int32)
+    def calibrated(name, **more):
+        run = dataclasses.replace(calibrator(name, Recorder(), **changes, **more), elastic=four)
+        variables = run.calibrate(params, windows)
+        linear = variables["params"]["layers"]["mlp"]["up_proj"]["router"].output_bias[:, :2]
+        weight = variables["slices"]["layers"]["mlp"]["up_proj"]["weight"]
+        return np.asarray(jax.vmap(SlicedWeight.codes)(weight), np.int32), np.asarray(linear)
 
-    tuned = codes("without")
-    final = codes("with", slice_epochs=1, slice_lr=0.5, fine_epochs=2, fine_lr=0.25)
+    tuned, routers = calibrated("without")
+    final, same_routers = calibrated("with", slice_epochs=1, slice_lr=0.5, fine_epochs=2, fine_lr=0.25)
     plans, starts, ends = zip(*stages, strict=True)
     assert plans == ((2, (4,), 1, 8.0), (4, (6,), 1, 2.0), (6, (8,), 2, 0.25), (6, (8,), 2, 0.25))
     at = np.floor(np.stack(starts)).astype(np.int32)
     moved = np.floor(np.stack(ends)).astype(np.int32)
+    np.testing.assert_array_equal(same_routers, routers)
     np.testing.assert_array_equal(at[0] // 4, tuned // 4)  # the last two bits of these are the finer slice's
     np.testing.assert_array_equal(moved[0], np.minimum(at[0] + 40, at[0] // 64 * 64 + 63))
     np.testing.assert_array_equal(at[1], np.clip(at[0], moved[0] // 16 * 16, moved[0] // 16 * 16 + 15))
@@ -507,8 +524,10 @@ def test_routers_that_were_tuned_keep_their_scores_and_finer_slices_come_after_t
     assert seen["kept"] == [0] and len(seen["measured"]) == 1
     np.testing.assert_array_equal(seen["tuner"].pairs, pairs + 1)
 
-    monkeypatch.setattr(model_stages, "overlap", lambda scores, coarse: jnp.nan)
-    with pytest.raises(ValueError, match=r"^the routers' scores of finer slices reach nan nats"):
+    monkeypatch.setattr(model_stages, "shift_below", lambda scores, coarse: jnp.nan)
+    with pytest.raises(
+        ValueError, match=r"^the routers' scores are not finite: those of finer slices are nan nats too high$"
+    ):
         run.calibrate(params, windows)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mobiquant_jax.calibration.channel_scales import ChannelScales
-from mobiquant_jax.calibration.run_dir import ROUTER, TUNING, RunDir, open_run
+from mobiquant_jax.calibration.run_dir import FINE, ROUTED, ROUTER, SLICE, TUNING, RunDir, open_run
 
 RECORD = {"config": {"quant.group_size": 64, "calibration.budgets": (2.0, 8.0)}, "model": "m", "data": "d", "made": 1}
 
@@ -130,9 +130,10 @@ def test_unfinished_epochs_do_not_count_and_all_of_it_is_removed_at_the_end(tmp_
     assert run.saved_epochs(TUNING) == 0
     left_by_a_kill = [run.path / TUNING / "003.orbax-checkpoint-tmp", run.path / ".checkpoint.partial-77"]
     first, second = (run.saved(TUNING, epochs) for epochs in (1, 2))
-    for folder in (run.block(0), first, second, run.saved(ROUTER, 5), run.checkpoint, *left_by_a_kill):
+    states = (run.saved(stage, 5) for stage in (ROUTED, f"{SLICE}/4", FINE, ROUTER))
+    for folder in (run.block(0), first, second, *states, run.checkpoint, *left_by_a_kill):
         folder.mkdir(parents=True)
-    assert (run.saved_epochs(TUNING), run.saved_epochs(ROUTER)) == (2, 5)
+    assert [run.saved_epochs(stage) for stage in (TUNING, ROUTER, f"{SLICE}/4")] == [2, 5, 5]
     run.remove(first)
     assert not first.exists() and second.exists()
     run.log({"block": 0})

@@ -8,6 +8,7 @@ import pytest
 from mobiquant_jax.calibration.distillation import distillation_loss
 from mobiquant_jax.calibration.end_to_end import EndToEndTrainer
 from mobiquant_jax.calibration.linears import pack_block, trainable
+from mobiquant_jax.calibration.optimizer import FINAL_RATE
 from mobiquant_jax.calibration.slice_tuning import SliceTuner
 from mobiquant_jax.models import Llama
 from mobiquant_jax.models.elastic import ElasticModel
@@ -150,6 +151,24 @@ def test_each_stage_draws_the_widths_that_are_its_own(make_tuner, config, elasti
 
     assert drawn(fine_above=FINAL) == {4}
     assert drawn() == {4, 8}
+
+
+def test_the_rate_decays_over_the_epochs_that_the_stage_has(make_tuner):
+    tuner = make_tuner(epochs=3, rate=0.5)
+    params = {"mlp": {"up_proj": {"position": jnp.zeros(3), "scale": jnp.zeros(3)}}}
+    ones = jax.tree.map(jnp.ones_like, params)
+    state, steps = tuner.optimizer.init(params), 3 * tuner.steps
+    taken = []
+    for _ in range(steps + 1):
+        updates, state = tuner.optimizer.update(ones, state, params)
+        taken.append(-updates["mlp"]["up_proj"]["position"])
+        assert not np.any(updates["mlp"]["up_proj"]["scale"])
+    np.testing.assert_allclose(taken[0], 0.5, rtol=1e-4)  # Adam's steps of a constant gradient are the rate's
+    np.testing.assert_allclose(taken[-1], 0.5 * FINAL_RATE, rtol=1e-4)
+
+
+def test_parts_of_the_stage_draw_windows_of_their_own(make_tuner):
+    assert len({make_tuner(final_width=width).stream for width in (2, 3, 4, 6)}) == 4
 
 
 def test_a_step_that_is_not_finite_is_left_out(make_tuner, packed, params):

@@ -1,5 +1,7 @@
 """The recorded thresholds: the bits they give on the calibration text, and numpy's quantiles of the scores."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,6 +101,26 @@ def test_one_threshold_for_all_linears_meets_the_budget_of_the_model(model, sown
         assert max(used.values()) - min(used.values()) > 0.3  # some linears read more than others
         same = sown(variables, FixedThreshold(threshold=jnp.float32(threshold)))
         assert all(np.array_equal(same[path][1], found[path][1]) for path in found)
+
+
+@pytest.mark.parametrize("model", [(1, 1, 2, 4)], indirect=True)
+def test_at_the_bits_of_a_tier_the_threshold_is_in_the_middle_of_the_gap(model):
+    """Slices to 2 and to 4 bits come before the last one; a quantile lies on one side of the gap or the other."""
+
+    def lower(path, leaf):
+        return leaf.at[..., 2:].add(-50.0) if getattr(path[-1], "name", "") == "output_bias" else leaf
+
+    variables = model.variables | {"params": jax.tree_util.tree_map_with_path(lower, model.variables["params"])}
+    elastic = dataclasses.replace(model.elastic, budget_grid=(1.0, 3.0, 4.0, 8.0))
+    tiered = dataclasses.replace(model, variables=variables, elastic=elastic)
+    recorded, quantiles = (record_thresholds(tiered, WINDOWS, "global", coarse=coarse) for coarse in (2, 0))
+    (threshold,) = {float(value) for table in tables(recorded).values() for value in table[:, 2]}
+    scores = collect_scores(tiered, variables, jnp.asarray(WINDOWS), FixedThreshold(threshold=jnp.float32(threshold)))
+    every = np.concatenate([np.asarray(s, np.float64).reshape(-1, 3) for s in scores.values()])
+    assert threshold == pytest.approx((np.min(every[:, :2]) + np.max(every[:, 2])) / 2, rel=1e-4)
+    for entry in (0, 1, 3):
+        for path, table in tables(recorded).items():
+            np.testing.assert_array_equal(table[:, entry], tables(quantiles)[path][:, entry])
 
 
 def test_an_unquantized_model_has_no_thresholds(model):

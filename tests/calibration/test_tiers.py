@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mobiquant_jax.calibration.tiers import GAP, lower_finer, overlap
+from mobiquant_jax.calibration.tiers import GAP, lower_finer, shift_below
 from mobiquant_jax.routing import Router, prefix_scores, score
 
 
@@ -12,7 +12,7 @@ def test_lowered_by_their_overlap_finer_slices_come_after_coarse_ones():
     rng = np.random.default_rng()
     shift = np.array([2.0, 1.0, 4.0, 3.0])  # the third slice would come before the first two
     scores = {name: jnp.asarray(rng.normal(size=(2, 3, 400, 4)) + shift, jnp.float32) for name in ("a", "b")}
-    by = float(overlap(scores, 2))
+    by = float(shift_below(scores, 2))
     coarse = np.concatenate([np.min(np.asarray(s)[..., :2], axis=-1).ravel() for s in scores.values()])
     finer = np.concatenate([np.asarray(s)[..., 2].ravel() for s in scores.values()])
     assert by > 3

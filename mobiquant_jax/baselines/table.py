@@ -38,7 +38,7 @@ def _order(texts: list[str], item: tuple[tuple[Any, ...], list[Row]]) -> tuple[A
     """By width, unquantized first; at one width by perplexity on these texts, what was made for another one last."""
     (bits, _, calibrated), rows = item
     found = [row["perplexity"] or math.inf for row in rows if row["text"] in texts]
-    return (bits or 0, calibrated not in (None, bits), sum(found) / max(len(found), 1))
+    return (bits or 0, calibrated not in (None, bits), sum(found) / len(found) if found else math.inf)
 
 
 def _cell(found: list[float | None]) -> str:

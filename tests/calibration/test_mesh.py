@@ -118,7 +118,7 @@ def metrics(run):
 def assert_alike(run, variables, wanted_run, wanted):
     """Losses and checkpoint within 1e-5 of each other, depths and codes the same."""
     (losses, bits), (wanted_losses, wanted_bits) = metrics(run), metrics(wanted_run)
-    assert len(losses) == 2 * 2 + 2
+    assert len(losses) == 2 * 2 + 3
     np.testing.assert_allclose(thresholds(run), thresholds(wanted_run), rtol=1e-5)
     np.testing.assert_allclose(losses, wanted_losses, rtol=1e-5)
     np.testing.assert_array_equal(bits, wanted_bits)
@@ -176,6 +176,7 @@ def test_a_block_of_the_paper_trains_alike_on_eight_devices(mesh_model, elastic)
         router_lr=2e-4,
         end_epochs=0,
         routed_epochs=0,
+        slice_epochs=0,
         fine_above=8,
     )
     calibration = CalibrationConfig(**(SECTIONS["calibration"] | changes))

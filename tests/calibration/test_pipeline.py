@@ -260,7 +260,6 @@ def test_a_full_disk_ends_the_run_with_what_was_saved(calibrator, trained, recor
         (ROUTED, dict(routed_epochs=2), ["routed"] * 2),
         (f"{SLICE}/8", dict(end_epochs=1, slice_epochs=2), ["slice to 8 bits"] * 2),
         (FINE, dict(fine_above=4, fine_epochs=2), ["finer slices"] * 2),
-        (FINE, dict(fine_above=4, end_epochs=1, fine_epochs=2), ["finer slices"] * 2),
     ],
 )
 def test_a_damaged_state_of_tuning_is_computed_again(

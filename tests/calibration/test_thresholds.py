@@ -113,14 +113,13 @@ def test_at_the_bits_of_a_tier_the_threshold_is_in_the_middle_of_the_gap(model):
     variables = model.variables | {"params": jax.tree_util.tree_map_with_path(lower, model.variables["params"])}
     elastic = dataclasses.replace(model.elastic, budget_grid=(1.0, 3.0, 4.0, 8.0))
     tiered = dataclasses.replace(model, variables=variables, elastic=elastic)
-    recorded, quantiles = (record_thresholds(tiered, WINDOWS, "global", coarse=coarse) for coarse in (2, 0))
+    recorded = record_thresholds(tiered, WINDOWS, "global", coarse=2)
     (threshold,) = {float(value) for table in tables(recorded).values() for value in table[:, 2]}
     scores = collect_scores(tiered, variables, jnp.asarray(WINDOWS), FixedThreshold(threshold=jnp.float32(threshold)))
     every = np.concatenate([np.asarray(s, np.float64).reshape(-1, 3) for s in scores.values()])
     assert threshold == pytest.approx((np.min(every[:, :2]) + np.max(every[:, 2])) / 2, rel=1e-4)
-    for entry in (0, 1, 3):
-        for path, table in tables(recorded).items():
-            np.testing.assert_array_equal(table[:, entry], tables(quantiles)[path][:, entry])
+    for table in tables(recorded).values():
+        assert np.all(table[:, 1] > threshold + 20) and np.all(table[:, 3] < threshold - 20)
 
 
 def test_an_unquantized_model_has_no_thresholds(model):

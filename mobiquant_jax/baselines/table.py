@@ -10,7 +10,7 @@ _MODEL = ("bits", "method", "calibrated_bits")
 
 
 def perplexity_table(content: dict[str, Any]) -> str:
-    """Markdown of results: mean over seeds, the least and the greatest beside it; and where the rows came from.
+    """Markdown of results: mean over seeds, the least and the greatest beside it, bits asked and bits used.
 
     Args:
         content: of a file of results; settings are left out, so each method and width should have one choice of them.
@@ -20,7 +20,7 @@ def perplexity_table(content: dict[str, Any]) -> str:
     models: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         models.setdefault(tuple(row[name] for name in _MODEL), []).append(row)
-    head = ["bits", "method", *texts, "seeds", "settings tried", "seconds"]
+    head = ["bits", "used", "method", *texts, "seeds", "settings tried", "seconds"]
     lines = [_line(head), f"|{'---|' * len(head)}"]
     for (bits, method, calibrated), mine in sorted(models.items(), key=partial(_order, texts[:1])):
         name = method if calibrated in (None, bits) else f"{method}, made at {calibrated:g} bits"
@@ -30,7 +30,8 @@ def perplexity_table(content: dict[str, Any]) -> str:
         seconds = [row["seconds"] for row in mine if row["seconds"]]  # a run that was resumed does not know
         took = f"{sum(seconds) / len(seconds):.0f}" if seconds else "-"
         known = [str(len(seeds) or "-"), "-" if tried is None else str(tried), took]
-        lines.append(_line(["-" if bits is None else f"{bits:g}", name, *cells, *known]))
+        asked = ["-", "-"] if bits is None else [f"{bits:g}", _used(mine)]
+        lines.append(_line([*asked, name, *cells, *known]))
     return "\n".join([*lines, "", _sources(content["sessions"])])
 
 
@@ -39,6 +40,12 @@ def _order(texts: list[str], item: tuple[tuple[Any, ...], list[Row]]) -> tuple[A
     (bits, _, calibrated), rows = item
     found = [row["perplexity"] or math.inf for row in rows if row["text"] in texts]
     return (bits or 0, calibrated not in (None, bits), sum(found) / len(found) if found else math.inf)
+
+
+def _used(rows: list[Row]) -> str:
+    """Average bits, over texts and seeds, to two places."""
+    low, high = (f"{end(row['measured_bits'] for row in rows):.2f}" for end in (min, max))
+    return low if low == high else f"{low} to {high}"
 
 
 def _cell(found: list[float | None]) -> str:

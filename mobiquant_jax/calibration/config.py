@@ -208,6 +208,8 @@ class CalibrationConfig:
             )
         if not self.has_finer_slices:
             return
+        if self.routed_epochs and self.fine_above not in budget_grid:
+            raise ValueError(f"router.budget_grid {budget_grid} lacks fine_above={self.fine_above}, the tiers' border")
         final = widths(slice_bits)[:-1]
         if self.fine_above not in final:
             raise ValueError(

@@ -49,17 +49,19 @@ def record_thresholds(
             at which the model reads ``bits`` on average, so that sensitive linears may read more.
         progress: called with each budget as it is done, from high to low, and how many are left.
         coarse: of so many slices, from the second on, all scores lie above those of the others (`tiers`); 0 where
-            there is no such border. In scope "global" the threshold at their bits is the middle between the two: a
-            quantile of millions of scores may miss the border by some.
+            there is no such border. The threshold at their bits is then the middle between the two: a quantile of
+            millions of scores may miss the border by some.
 
     Returns:
         The model's variables with a new collection ``routing``.
 
     Raises:
-        ValueError: the model is not elastic.
+        ValueError: the model is not elastic, or there are tiers in another scope than "global".
     """
     if model.elastic is None:
         raise ValueError("an unquantized model has no thresholds to record")
+    if coarse and scope != "global":
+        raise ValueError(f"scope={scope!r}: slices in tiers share one threshold, 'global'")
     placement = model.placement or Placement.create(one_device(), model.config, model.elastic)
     tokens = placement.put_batch(windows)
     record = _record_linear if scope == "linear" else partial(_record_global, coarse=coarse)
@@ -103,8 +105,9 @@ def _record_global(
         if not coarse:
             return found
         ranked = prefix_scores(flat)
-        border = (ranked[:, coarse - 1].min() + ranked[:, coarse].max()) / 2
-        return jnp.where(bits == widths(elastic.slice_bits)[coarse], border, found)
+        low, high = ranked[:, coarse].max(), ranked[:, coarse - 1].min()
+        at_border = (bits == widths(elastic.slice_bits)[coarse]) & (low < high)
+        return jnp.where(at_border, (low + high) / 2, found)
 
     def first(variables: Variables, tokens: Int[Array, "n T"]) -> Scores:
         return collect_scores(model, variables, tokens, UniformDepth(depth=jnp.array([len(elastic.slice_bits)])))

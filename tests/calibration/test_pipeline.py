@@ -362,7 +362,7 @@ def test_each_slice_is_tuned_alone_from_the_tuned_weights(
         return state, 0.5, True
 
     monkeypatch.setattr(Distiller, "epoch", epoch)
-    four = dataclasses.replace(elastic, slice_bits=(2, 2, 2, 2), budget_grid=(2.0, 4.0, 8.0))
+    four = dataclasses.replace(elastic, slice_bits=(2, 2, 2, 2), budget_grid=(2.0, 4.0, 6.0, 8.0))
     changes = dict(budgets=(2.0, 6.0), fine_above=6, end_epochs=1, routed_epochs=1)
 
     def calibrated(name, **more):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mobiquant_jax.calibration import record_thresholds
+from mobiquant_jax.calibration import record_thresholds, thresholds
 from mobiquant_jax.calibration.thresholds import collect_scores, shared_thresholds
 from mobiquant_jax.models import Llama
 from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel
@@ -104,22 +104,31 @@ def test_one_threshold_for_all_linears_meets_the_budget_of_the_model(model, sown
 
 
 @pytest.mark.parametrize("model", [(1, 1, 2, 4)], indirect=True)
-def test_at_the_bits_of_a_tier_the_threshold_is_in_the_middle_of_the_gap(model):
-    """Slices to 2 and to 4 bits come before the last one; a quantile lies on one side of the gap or the other."""
+@pytest.mark.parametrize("gap", [True, False])
+def test_at_the_bits_of_a_tier_the_threshold_is_in_the_middle_of_the_gap(model, monkeypatch, gap):
+    """Where there is one; quantiles, which of millions of scores miss it by some, are far off here."""
 
     def lower(path, leaf):
-        return leaf.at[..., 2:].add(-50.0) if getattr(path[-1], "name", "") == "output_bias" else leaf
+        return leaf.at[..., 2:].add(-50.0 * gap) if getattr(path[-1], "name", "") == "output_bias" else leaf
 
+    monkeypatch.setattr(thresholds, "_finite_threshold", lambda scores, *_: jnp.float32(1000.0))
     variables = model.variables | {"params": jax.tree_util.tree_map_with_path(lower, model.variables["params"])}
     elastic = dataclasses.replace(model.elastic, budget_grid=(1.0, 3.0, 4.0, 8.0))
     tiered = dataclasses.replace(model, variables=variables, elastic=elastic)
-    recorded = record_thresholds(tiered, WINDOWS, "global", coarse=2)
-    (threshold,) = {float(value) for table in tables(recorded).values() for value in table[:, 2]}
+    found = tables(record_thresholds(tiered, WINDOWS, "global", coarse=2)).values()
+    (threshold,) = {float(value) for table in found for value in table[:, 2]}
+    assert all(np.all(table[:, (0, 1, 3)] == 1000.0) for table in found)
+    if not gap:
+        assert threshold == 1000.0
+        return
     scores = collect_scores(tiered, variables, jnp.asarray(WINDOWS), FixedThreshold(threshold=jnp.float32(threshold)))
     every = np.concatenate([np.asarray(s, np.float64).reshape(-1, 3) for s in scores.values()])
     assert threshold == pytest.approx((np.min(every[:, :2]) + np.max(every[:, 2])) / 2, rel=1e-4)
-    for table in tables(recorded).values():
-        assert np.all(table[:, 1] > threshold + 20) and np.all(table[:, 3] < threshold - 20)
+
+
+def test_tiers_share_one_threshold(model):
+    with pytest.raises(ValueError, match="^scope='linear': slices in tiers share one threshold, 'global'$"):
+        record_thresholds(model, WINDOWS, coarse=1)
 
 
 def test_an_unquantized_model_has_no_thresholds(model):

@@ -36,6 +36,8 @@ def main(_: list[str]) -> None:
             return f"<!-- {name} -->\n{table(result)}\n<!-- end -->"
         except ValueError as error:
             raise ValueError(f"'{readme.parent / name}' is {error}") from error
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"'{readme.parent / name}' is no result that there is a table for: {error!r}") from error
 
     new = re.sub(r"<!-- (results/\S+) -->\n.*?<!-- end -->", section, old, flags=re.DOTALL)
     if CHECK.value and new != old:

@@ -53,6 +53,14 @@ def test_tables_are_made_from_their_results(call_script, readme):
     assert call_script("readme_tables", f"--readme={readme}", "--check").stderr == ""
 
 
+@pytest.mark.parametrize("content", ['{"sessions": [], "rows": [{"method": "x"}]}', '{"sessions": []}', '{"curve": 3}'])
+def test_damaged_results_are_named(call_script, readme, content):
+    (readme.parent / "results" / "demo.json").write_text(content)
+    found = call_script("readme_tables", f"--readme={readme}")
+    assert found.returncode == 2 and found.stderr.count("\n") == 1 and "old" in readme.read_text()
+    assert f"'{readme.parent}/results/demo.json' is no" in found.stderr
+
+
 def test_missing_results_are_named(call_script, readme):
     (readme.parent / "results" / "demo.json").unlink()
     found = call_script("readme_tables", f"--readme={readme}")

@@ -3,12 +3,13 @@
     python experiments/calibrate.py --config=configs/smollm2_135m_quality.py --config.data.source=file:C4,VALID
 
 Needs: the model of smollm2_135m.py, a GPU, and two text files: one to calibrate on, one to score.
-Expect: one elastic checkpoint in ``runs/smollm2_135m_quality``. On an H200 it took 546 s, 163 s of it compilation,
-and 10.4 GB of its memory at 627988a, with 14 entries in the budget grid; not timed with these 21.
+Expect: one elastic checkpoint in ``runs/smollm2_135m_quality``. On an H200 it took 530 s and 10.5 GB of its memory at
+0ec07c5, with 8 epochs for each slice alone, before slices lay in tiers and with fewer entries in the budget grid.
 
 Channels are scaled first. Only widths of up to 4 bits are trained end to end, two thirds on text that the model writes
-itself: first all tokens of a step at one width, then weights and routers together (`calibration/routed_tuning.py`). The
-finer slices start from the unquantized weights and are tuned alone (`calibration/slice_tuning.py`).
+itself: first all tokens of a step at one width, then weights and routers together (`calibration/routed_tuning.py`),
+slices in tiers (`calibration/tiers.py`), and at last each slice alone (`calibration/slice_tuning.py`). The slices
+beyond start from the unquantized weights and are tuned together.
 """
 
 from pathlib import Path
@@ -25,8 +26,9 @@ def get_config() -> ConfigDict:
 
     config.model.dither = True
     config.quant.slice_bits = (2, 1, 1, 2, 2)
-    config.router.budget_grid = (2.0, 2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 3.75, 3.9, 4.0, 4.1, 4.25, 4.5, 5.0, 5.5, 6.0)
-    config.router.budget_grid += (6.5, 7.0, 7.5, 7.75, 8.0)
+    # Near the bits of a slice, where thresholds jump from one tier to the next, entries are dense.
+    config.router.budget_grid = (2.0, 2.25, 2.5, 2.75, 2.9, 3.0, 3.1, 3.25, 3.5, 3.75, 3.9, 4.0, 4.1, 4.5, 5.0, 5.5)
+    config.router.budget_grid += (5.9, 6.0, 6.1, 6.5, 7.0, 7.5, 8.0)
 
     config.data.source = "file:c4.txt,valid.txt"
     config.calibration.windows = 128
@@ -43,6 +45,8 @@ def get_config() -> ConfigDict:
     config.calibration.routed_weight_lr = 1e-4
     config.calibration.routed_clipping_lr = 1e-3
     config.calibration.routed_router_lr = 6e-3
+    config.calibration.slice_epochs = 12
+    config.calibration.slice_lr = 0.002
     config.calibration.fine_epochs = 8
     config.calibration.fine_lr = 0.01
     config.calibration.fit_epochs = 2

@@ -17,6 +17,7 @@ from jaxtyping import Int
 
 from mobiquant_jax.analysis import Findings, Labels, Study, new_folder, page_bits, write_report
 from mobiquant_jax.calibration.console import clock
+from mobiquant_jax.compilation import prefer_library_matmuls
 from mobiquant_jax.config_flags import run
 from mobiquant_jax.data import load_token_ids, token_windows
 from mobiquant_jax.evaluation import TokenBits, parse_bits, split_text
@@ -44,6 +45,7 @@ CHOICE_WINDOWS = 2  # enough to choose among the four allocations of each averag
 
 def main(_: list[str]) -> None:
     """Loads, measures, writes."""
+    prefer_library_matmuls()
     start = time.perf_counter()
     if not CHECKPOINT.value or not OUTPUT.value:
         raise ValueError("--checkpoint=DIR and --output=DIR are required")

@@ -51,6 +51,7 @@ from mobiquant_jax.baselines import (
     read_results,
     run_omniquant_at,
 )
+from mobiquant_jax.compilation import prefer_library_matmuls
 from mobiquant_jax.config_flags import define_config, run, whole_numbers
 from mobiquant_jax.evaluation import evaluate_perplexity, perplexity_step
 from mobiquant_jax.experiment import load_dense_model, load_texts, load_windows
@@ -116,6 +117,7 @@ class Job:
 
 def main(_: list[str]) -> None:
     """Plans, then makes and scores, a few models at a time."""
+    prefer_library_matmuls()
     config = CONFIG.value
     jobs = _plan()
     dense = load_dense_model(config)

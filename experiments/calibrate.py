@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 from mobiquant_jax import distributed
 from mobiquant_jax.calibration import CalibrationConfig, Calibrator, ConsoleObserver, RunDir, open_run
 from mobiquant_jax.calibration.flops import peak_flops
+from mobiquant_jax.compilation import prefer_library_matmuls
 from mobiquant_jax.config_flags import define_config, flatten, run
 from mobiquant_jax.evaluation import (
     PerplexityResult,
@@ -72,6 +73,7 @@ PROMPT = "A class definition in Python"
 
 def main(_: list[str]) -> None:
     """Calibrates, saves, evaluates and draws."""
+    prefer_library_matmuls()
     start = time.perf_counter()
     JOIN_JOB()
     config = CONFIG.value

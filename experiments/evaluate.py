@@ -8,6 +8,7 @@ import sys
 
 from absl import flags
 
+from mobiquant_jax.compilation import prefer_library_matmuls
 from mobiquant_jax.config_flags import run
 from mobiquant_jax.data import SPLITS, load_token_ids, token_windows
 from mobiquant_jax.evaluation import format_table, parse_bits, perplexity_curve, print_result, write_json
@@ -32,6 +33,7 @@ JSON = flags.DEFINE_string(
 
 def main(_: list[str]) -> None:
     """Loads the model, scores the windows and prints the table."""
+    prefer_library_matmuls()
     bits_list = parse_bits(BITS.value)
     path = CHECKPOINT.value or MODEL.value
     if path is None or (CHECKPOINT.value and MODEL.value):

@@ -19,6 +19,7 @@ import numpy as np
 from absl import flags
 
 from mobiquant_jax.baselines import Results, open_results
+from mobiquant_jax.compilation import prefer_library_matmuls
 from mobiquant_jax.config_flags import run
 from mobiquant_jax.evaluation import evaluate_perplexity, parse_bits, perplexity_step
 from mobiquant_jax.experiment import load_texts
@@ -45,6 +46,7 @@ _RECORDED, _NEEDED = {"config", "model", "data"}, {_SEED, _GROUP_SIZE}
 
 def main(_: list[str]) -> None:
     """Scores each run at every average, on every text."""
+    prefer_library_matmuls()
     bits_list = parse_bits(BITS.value)
     if BATCH_SIZE.value < 1:
         raise ValueError(f"--batch_size={BATCH_SIZE.value} must be at least 1")

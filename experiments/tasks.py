@@ -19,6 +19,7 @@ import jax
 from absl import flags
 
 from mobiquant_jax.baselines import Results, check_bits, open_results
+from mobiquant_jax.compilation import prefer_library_matmuls
 from mobiquant_jax.config_flags import run
 from mobiquant_jax.evaluation import parse_bits
 from mobiquant_jax.evaluation.tasks import ContinuationStep, continuation_step, require_lm_eval
@@ -78,6 +79,7 @@ class Source:
 
 def main(_: list[str]) -> None:
     """Checks everything, then scores one model after the other."""
+    prefer_library_matmuls()
     sources = _read_sources(MODELS.value)
     if TASK_DATA.value is None:
         raise ValueError("give the tasks' folder: --task_data=FOLDER")

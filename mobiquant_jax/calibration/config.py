@@ -43,7 +43,8 @@ class CalibrationConfig:
         end_generated_windows: windows that the unquantized model writes itself to learn from; 0 for none.
         end_generated_share: share of them in each epoch's windows.
         routed_epochs: epochs of tuning weights, clipping and routers together after it, tokens at the depths that the
-            routers choose; see `routed_tuning`. Budgets are those of ``router.budget_grid`` up to ``fine_above``, and
+            routers choose; see `routed_tuning`, and `tiers` for how they choose. Budgets are those of
+            ``router.budget_grid``, which must hold every width of the slices, up to ``fine_above``, and
             windows those that thresholds are not recorded on; batches and saves are as in end-to-end tuning.
         routed_weight_lr: peak learning rate of the weights in it; 0 freezes them.
         routed_clipping_lr: of the clipping logits.
@@ -194,7 +195,7 @@ class CalibrationConfig:
         """Raises ValueError unless the stages can train what they are to.
 
         No budget lies below the first slice's bits, ``fine_above`` is a width that slices refine, and routed tuning has
-        depths to choose from and a budget at which to choose.
+        depths to choose from, a budget at which to choose and a threshold at every width.
         """
         if min(self.budgets) < slice_bits[0]:
             raise ValueError(f"calibration.budgets {self.budgets} start below the first slice's {slice_bits[0]} bits")
@@ -206,10 +207,11 @@ class CalibrationConfig:
                 f"router.budget_grid {budget_grid} has nothing between {slice_bits[0]} and fine_above="
                 f"{self.fine_above} bits for routed_epochs to train at"
             )
+        missing = [width for width in widths(slice_bits) if width not in budget_grid]
+        if self.routed_epochs and missing:
+            raise ValueError(f"router.budget_grid {budget_grid} lacks {missing[0]}, a width of the slices: see `tiers`")
         if not self.has_finer_slices:
             return
-        if self.routed_epochs and self.fine_above not in budget_grid:
-            raise ValueError(f"router.budget_grid {budget_grid} lacks fine_above={self.fine_above}, the tiers' border")
         final = widths(slice_bits)[:-1]
         if self.fine_above not in final:
             raise ValueError(

@@ -22,11 +22,11 @@ from mobiquant_jax.calibration.generated import write_windows
 from mobiquant_jax.calibration.linears import Params
 from mobiquant_jax.calibration.observer import Observer
 from mobiquant_jax.calibration.routed_tuning import RoutedTrainer
-from mobiquant_jax.calibration.routers import Routers, RouterState, RouterTrainer, with_routers
+from mobiquant_jax.calibration.routers import Routers, RouterState, RouterTrainer, routers_of, with_routers
 from mobiquant_jax.calibration.run_dir import FINE, ROUTED, ROUTER, SLICE, TUNING, RunDir
 from mobiquant_jax.calibration.slice_tuning import SliceTuner
 from mobiquant_jax.calibration.thresholds import collect_scores, record_thresholds, shared_thresholds
-from mobiquant_jax.calibration.tiers import lower_finer, shift_below
+from mobiquant_jax.calibration.tiers import lower_from, shift_below
 from mobiquant_jax.models import LlamaConfig
 from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel, Variables
 from mobiquant_jax.quant import CODE_BITS, widths
@@ -107,9 +107,7 @@ class ModelStages:
         recorded, others = self._split_windows()
         if self.calibration.recipe == "elastic":
             model = dataclasses.replace(model, variables=self._fit_routers(model, recorded, others))
-        kept = self._kept_scores
-        coarse = kept if kept < len(self.elastic.slice_bits) - 1 else 0
-        return record_thresholds(model, recorded, self.calibration.threshold_scope, self.observer.on_budget, coarse)
+        return record_thresholds(model, recorded, self.calibration.threshold_scope, self.observer.on_budget)
 
     @property
     def _kept_scores(self) -> int:
@@ -185,11 +183,12 @@ class ModelStages:
             windows=others,
             most_bits=cal.fine_above,
         )
-        routers = fitter.start(model.variables).routers
+        depth = cal.coarse_depth(self.elastic.slice_bits)
+        routers = self._in_tiers(model, fitter.start(model.variables).routers, recorded, depth)
         if not distributed.from_main(int(self.run.thresholds.is_file())):
             model = dataclasses.replace(model, variables=with_routers(model.variables, routers))
             budgets = tuple(bits for bits in self.elastic.budget_grid if bits <= cal.fine_above)
-            found = shared_thresholds(model, recorded, budgets, cal.coarse_depth(self.elastic.slice_bits))
+            found = shared_thresholds(model, recorded, budgets, depth)
             pairs = np.stack([budgets, found], axis=-1)
             distributed.on_main(f"saving '{self.run.thresholds}'", partial(self.run.save_thresholds, pairs))
         return routers
@@ -227,11 +226,12 @@ class ModelStages:
     def _fit_routers(
         self, model: ElasticModel, recorded: Int[np.ndarray, "n T"], others: Int[np.ndarray, "m T"]
     ) -> Variables:
-        """The variables with routers fitted to them: all or, after routed tuning, what scores the finer slices."""
+        """The variables with routers fitted to them: all or, after routed tuning, what scores the finer slices.
+
+        Routers that were tuned have their slices in tiers.
+        """
         cal = self.calibration
-        kept = self._kept_scores
-        if kept == len(self.elastic.slice_bits) - 1:
-            return model.variables
+        kept, all_scores = self._kept_scores, len(self.elastic.slice_bits) - 1
         trainer = RouterTrainer(
             model=dataclasses.replace(model, dtype=jnp.dtype(cal.dtype)), calibration=cal, windows=others, kept=kept
         )
@@ -243,20 +243,33 @@ class ModelStages:
         def report(done: int, seconds: float, record: dict[str, Any]) -> None:
             self.observer.on_fitted(done, cal.fit_epochs, record["healthy"], seconds)
 
-        stage = self._stage(ROUTER, cal.fit_epochs, trainer.abstract_state)
-        routers = stage.run_all(lambda: trainer.start(model.variables), epoch, report).routers
+        routers = routers_of(model.variables)
+        if kept < all_scores:
+            stage = self._stage(ROUTER, cal.fit_epochs, trainer.abstract_state)
+            routers = stage.run_all(lambda: trainer.start(model.variables), epoch, report).routers
         if kept:
-
-            @jax.jit
-            def measure(routers: Routers, variables: Variables, tokens: Int[Array, "n T"]) -> Array:
-                coarse = UniformDepth(depth=jnp.array([kept + 1]))
-                return shift_below(collect_scores(model, with_routers(variables, routers), tokens, coarse), kept)
-
-            by = float(measure(routers, model.variables, self.placement.put_batch(recorded)))
-            if not np.isfinite(by):
-                raise ValueError(f"the routers' scores are not finite: those of finer slices are {by} nats too high")
-            routers = lower_finer(routers, by, kept)
+            routers = self._in_tiers(model, routers, recorded, all_scores + 1)
         return with_routers(model.variables, routers)
+
+    def _in_tiers(self, model: ElasticModel, routers: Routers, recorded: Int[np.ndarray, "n T"], depth: int) -> Routers:
+        """The routers with the scores of the first ``depth`` slices in tiers, each measured where its tier begins.
+
+        Raises:
+            ValueError: scores that are not finite.
+        """
+
+        @jax.jit
+        def measure(routers: Routers, variables: Variables, tokens: Int[Array, "n T"], border: Int[Array, ""]) -> Array:
+            before = UniformDepth(depth=border[None] + 1)
+            return shift_below(collect_scores(model, with_routers(variables, routers), tokens, before), border)
+
+        tokens = self.placement.put_batch(recorded)
+        for border in range(1, depth - 1):
+            by = float(measure(routers, model.variables, tokens, self.placement.put_whole(np.int32(border))))
+            if not np.isfinite(by):
+                raise ValueError(f"the routers' scores are not finite: those of slice {border + 2} are {by} too high")
+            routers = lower_from(routers, by, border)
+        return routers
 
     def _generated(self, params: Params) -> Int[np.ndarray, "G T"]:
         """The windows that the unquantized model wrote: those of the run's folder, so that it resumes with the same."""

@@ -38,7 +38,6 @@ def record_thresholds(
     windows: Int[np.ndarray, "n T"],
     scope: str = "linear",
     progress: Callable[[float, int], None] = lambda bits, left: None,
-    coarse: int = 0,
 ) -> Variables:
     """Fills every linear's ``thresholds``.
 
@@ -46,25 +45,21 @@ def record_thresholds(
         model: an elastic model; where it has a placement, call under ``jax.set_mesh`` of its mesh.
         windows: tokens.
         scope: ``"linear"``: every linear reads ``bits`` on average. ``"global"``: one threshold for all linears,
-            at which the model reads ``bits`` on average, so that sensitive linears may read more.
+            at which the model reads ``bits`` on average, so that sensitive linears may read more; at the bits of a
+            slice whose scores all lie above those of the next one (`tiers`), all tokens read up to it.
         progress: called with each budget as it is done, from high to low, and how many are left.
-        coarse: of so many slices, from the second on, all scores lie above those of the others (`tiers`); 0 where
-            there is no such border. The threshold at their bits is then the middle between the two: a quantile of
-            millions of scores may miss the border by some.
 
     Returns:
         The model's variables with a new collection ``routing``.
 
     Raises:
-        ValueError: the model is not elastic, or there are tiers in another scope than "global".
+        ValueError: the model is not elastic.
     """
     if model.elastic is None:
         raise ValueError("an unquantized model has no thresholds to record")
-    if coarse and scope != "global":
-        raise ValueError(f"scope={scope!r}: slices in tiers share one threshold, 'global'")
     placement = model.placement or Placement.create(one_device(), model.config, model.elastic)
     tokens = placement.put_batch(windows)
-    record = _record_linear if scope == "linear" else partial(_record_global, coarse=coarse)
+    record = _record_linear if scope == "linear" else _record_global
     columns = {}
     for bits, column in record(model, model.elastic, tokens, placement):
         columns[bits] = jax.device_get(column)
@@ -90,7 +85,7 @@ def _record_linear(
 
 
 def _record_global(
-    model: ElasticModel, elastic: ElasticConfig, tokens: Int[Array, "n T"], placement: Placement, coarse: int
+    model: ElasticModel, elastic: ElasticConfig, tokens: Int[Array, "n T"], placement: Placement
 ) -> Iterator[tuple[float, Any]]:
     """As `_record_linear`, with one threshold for all linears.
 
@@ -102,12 +97,7 @@ def _record_global(
     def pooled(scores: Scores, bits: Float[Array, ""]) -> Float[Array, ""]:
         flat, weights = pool(model.config, scores)
         found = _finite_threshold(flat, bits, elastic.slice_bits, weights)
-        if not coarse:
-            return found
-        ranked = prefix_scores(flat)
-        low, high = ranked[:, coarse].max(), ranked[:, coarse - 1].min()
-        at_border = (bits == widths(elastic.slice_bits)[coarse]) & (low < high)
-        return jnp.where(at_border, (low + high) / 2, found)
+        return _in_gap(found, flat, bits, elastic.slice_bits)
 
     def first(variables: Variables, tokens: Int[Array, "n T"]) -> Scores:
         return collect_scores(model, variables, tokens, UniformDepth(depth=jnp.array([len(elastic.slice_bits)])))
@@ -152,7 +142,11 @@ def shared_thresholds(
     def thresholds(variables: Variables, tokens: Int[Array, "n T"], budgets: Float[Array, " budgets"]) -> Array:
         scores = collect_scores(model, variables, tokens, middle)
         flat, weights = pool(model.config, {path: s[..., : depth - 1] for path, s in scores.items()})
-        return jax.lax.map(lambda bits: threshold_for_bits(flat, bits, slice_bits, weights), budgets)
+
+        def at(bits: Float[Array, ""]) -> Float[Array, ""]:
+            return _in_gap(threshold_for_bits(flat, bits, slice_bits, weights), flat, bits, slice_bits)
+
+        return jax.lax.map(at, budgets)
 
     placement = model.placement or Placement.create(one_device(), model.config, model.elastic)
     compiled = jax.jit(thresholds, out_shardings=placement.replicated)
@@ -195,6 +189,19 @@ def _finite_threshold(
     """The threshold, with the extreme scores in place of infinities: the table is interpolated up to its ends."""
     ranked = prefix_scores(scores)
     return jnp.clip(threshold_for_bits(scores, bits, slice_bits, weights), ranked.min(), ranked.max())
+
+
+def _in_gap(
+    found: Float[Array, ""], scores: Float[Array, "n E-1"], bits: Float[Array, ""], slice_bits: tuple[int, ...]
+) -> Float[Array, ""]:
+    """The threshold, moved into the middle of a gap at whose lower end a quantile of millions of scores may miss it.
+
+    Where ``bits`` are those up to a slice, and all tokens' scores of it lie above all of the next slice.
+    """
+    ranked = prefix_scores(scores)
+    lower, upper = ranked.max(axis=0)[1:], ranked.min(axis=0)[:-1]  # ends of the gaps between neighbours
+    here = (bits == np.asarray(widths(slice_bits)[1:-1])) & (lower < upper)
+    return jnp.where(jnp.any(here), jnp.sum(jnp.where(here, (lower + upper) / 2, 0.0)), found)
 
 
 def _tree(paths: Any, leaf: Callable[[str], Array]) -> dict[str, Any]:

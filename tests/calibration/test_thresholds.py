@@ -53,6 +53,11 @@ def tables(variables):
     return {f"{part}/{name}": np.asarray(layers[part][name]["thresholds"]) for part in layers for name in layers[part]}
 
 
+def lower_from_two(path, leaf):
+    """Routers' output biases with all but the first far lower."""
+    return leaf.at[..., 1:].add(-50.0) if getattr(path[-1], "name", "") == "output_bias" else leaf
+
+
 def bits_at(scores, threshold, slice_bits):
     """Average bits of scores ``[..., E-1]`` at a threshold: slice e is read where the least score up to it is above."""
     return slice_bits[0] + np.mean((np.minimum.accumulate(scores, axis=-1) > threshold) @ np.array(slice_bits[1:]))
@@ -115,7 +120,7 @@ def test_at_the_bits_of_a_tier_the_threshold_is_in_the_middle_of_the_gap(model, 
     variables = model.variables | {"params": jax.tree_util.tree_map_with_path(lower, model.variables["params"])}
     elastic = dataclasses.replace(model.elastic, budget_grid=(1.0, 3.0, 4.0, 8.0))
     tiered = dataclasses.replace(model, variables=variables, elastic=elastic)
-    found = tables(record_thresholds(tiered, WINDOWS, "global", coarse=2)).values()
+    found = tables(record_thresholds(tiered, WINDOWS, "global")).values()
     (threshold,) = {float(value) for table in found for value in table[:, 2]}
     assert all(np.all(table[:, (0, 1, 3)] == 1000.0) for table in found)
     if not gap:
@@ -124,11 +129,6 @@ def test_at_the_bits_of_a_tier_the_threshold_is_in_the_middle_of_the_gap(model, 
     scores = collect_scores(tiered, variables, jnp.asarray(WINDOWS), FixedThreshold(threshold=jnp.float32(threshold)))
     every = np.concatenate([np.asarray(s, np.float64).reshape(-1, 3) for s in scores.values()])
     assert threshold == pytest.approx((np.min(every[:, :2]) + np.max(every[:, 2])) / 2, rel=1e-4)
-
-
-def test_tiers_share_one_threshold(model):
-    with pytest.raises(ValueError, match="^scope='linear': slices in tiers share one threshold, 'global'$"):
-        record_thresholds(model, WINDOWS, coarse=1)
 
 
 def test_an_unquantized_model_has_no_thresholds(model):
@@ -157,3 +157,16 @@ def test_shared_thresholds_are_quantiles_of_all_linears_scores(model, sown):
         read += sizes[path] * np.array([bits_at(coarse, threshold, slice_bits) for threshold in found[1:3]])
         weight += sizes[path]
     np.testing.assert_allclose(read / weight, budgets[1:3], atol=0.02)
+
+
+def test_a_shared_threshold_at_the_bits_of_a_tier_is_in_the_middle_of_its_gap(model):
+    depth = 3
+    (width,) = np.cumsum(model.elastic.slice_bits)[1 : depth - 1]
+    variables = model.variables | {
+        "params": jax.tree_util.tree_map_with_path(lower_from_two, model.variables["params"])
+    }
+    tiered = dataclasses.replace(model, variables=variables)
+    (found,) = shared_thresholds(tiered, WINDOWS, (float(width),), depth)
+    scores = collect_scores(tiered, variables, jnp.asarray(WINDOWS), UniformDepth(depth=jnp.array([2])))
+    every = np.concatenate([np.asarray(s, np.float64).reshape(-1, 3) for s in scores.values()])
+    assert found == pytest.approx((np.min(every[:, 0]) + np.max(every[:, 1])) / 2, rel=1e-4)

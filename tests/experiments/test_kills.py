@@ -22,7 +22,7 @@ import jax
 import numpy as np
 import pytest
 
-from mobiquant_jax.calibration.run_dir import ROUTER, TUNING, RunDir
+from mobiquant_jax.calibration.run_dir import FINE, ROUTED, ROUTER, SLICE, TUNING, RunDir
 from mobiquant_jax.files import save_json
 from mobiquant_jax.io.checkpoint import load_checkpoint
 from mobiquant_jax.provenance import provenance
@@ -38,7 +38,11 @@ RECIPE = (
     "budgets=2,3,4,8",
     "threshold_windows=8",
     "epochs=3",
-    "end_epochs=3",
+    "end_epochs=2",
+    "routed_epochs=2",
+    "slice_epochs=1",
+    "fine_above=4",
+    "fine_epochs=1",
     "fit_epochs=2",
     "fit_batch_size=8",
     "end_batch_size=8",
@@ -74,12 +78,9 @@ def start(shared_data, tmp_path_factory):
 def finished_parts(run):
     """How far the folder of a run says that it has come."""
     saved = RunDir(path=run)
-    return {
-        "blocks": sum(entry.name.isdigit() for entry in saved.blocks.glob("*")),
-        "tuning_epochs": saved.saved_epochs(TUNING),
-        "router_epochs": saved.saved_epochs(ROUTER),
-        "checkpoint": (run / "checkpoint").is_dir(),
-    }
+    blocks = sum(entry.name.isdigit() for entry in saved.blocks.glob("*"))
+    epochs = {f"{stage}_epochs": saved.saved_epochs(stage) for stage in (TUNING, ROUTED, f"{SLICE}/4", FINE, ROUTER)}
+    return {"blocks": blocks, **epochs, "checkpoint": (run / "checkpoint").is_dir()}
 
 
 def outcome(run):

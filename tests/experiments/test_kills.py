@@ -161,6 +161,7 @@ def test_killed_at_random_moments_a_run_ends_as_if_nothing_had_happened(start, t
             complete(run)  # nothing is left but to measure again, where the others were measured
             curve = outcome(run)[0]
         entry["difference"] = furthest(curve, wanted)
+        entry["peak_gb"] = json.loads((run / "result.json").read_text())["peak_gb"]  # of its last process
         entry["bit_for_bit"] = curve == wanted and bit_for_bit(found, arrays)
         print(entry)
         assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in whole.iterdir())

@@ -3,8 +3,9 @@
     python experiments/calibrate.py --config=configs/smollm2_135m_quality.py --config.data.source=file:C4,VALID
 
 Needs: the model of smollm2_135m.py, a GPU, and two text files: one to calibrate on, one to score.
-Expect: one elastic checkpoint in ``runs/smollm2_135m_quality``. On an H200 it took 530 s and 10.5 GB of its memory at
-0ec07c5, with 8 epochs for each slice alone, before slices lay in tiers and with fewer entries in the budget grid.
+Expect: one elastic checkpoint in ``runs/smollm2_135m_quality``. On H200s, a seed a card, it took 530 s and 10.5 GB of
+a card at 0ec07c5 (results/candidates.json), with 8 epochs for each slice alone, before slices lay in tiers and with
+fewer entries in the budget grid.
 
 Channels are scaled first. Only widths of up to 4 bits are trained end to end, two thirds on text that the model writes
 itself: first all tokens of a step at one width, then weights and routers together (`calibration/routed_tuning.py`),
@@ -26,7 +27,8 @@ def get_config() -> ConfigDict:
 
     config.model.dither = True
     config.quant.slice_bits = (2, 1, 1, 2, 2)
-    # Near the bits of a slice, where thresholds jump from one tier to the next, entries are dense.
+    # Dense near the bits of a slice, where thresholds jump from one tier to the next. Up to 4 bits these are budgets
+    # that routed tuning trains at, too.
     config.router.budget_grid = (2.0, 2.25, 2.5, 2.75, 2.9, 3.0, 3.1, 3.25, 3.5, 3.75, 3.9, 4.0, 4.1, 4.5, 5.0, 5.5)
     config.router.budget_grid += (5.9, 6.0, 6.1, 6.5, 7.0, 7.5, 8.0)
 

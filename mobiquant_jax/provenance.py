@@ -31,6 +31,7 @@ def provenance() -> dict[str, Any]:
         "devices": sorted({device.device_kind for device in jax.devices()}),
         "device_count": jax.device_count(),
         "cores": os.cpu_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),  # they may change rounding
     }
 
 

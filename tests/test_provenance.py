@@ -41,7 +41,9 @@ def test_fingerprint_tells_apart(other):
 
 def test_provenance_is_json_and_true(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["experiments/x.py", "--a=b c"])
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=x")
     found = provenance()
+    assert found["xla_flags"] == "--xla_dump_to=x"
     assert json.loads(json.dumps(found)) == found
     assert found["command"].endswith("experiments/x.py '--a=b c'")
     assert found["versions"]["jax"] == importlib.metadata.version("jax")

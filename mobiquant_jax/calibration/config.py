@@ -44,7 +44,7 @@ class CalibrationConfig:
         end_generated_share: share of them in each epoch's windows.
         routed_epochs: epochs of tuning weights, clipping and routers together after it, tokens at the depths that the
             routers choose; see `routed_tuning`, and `tiers` for how they choose. Budgets are those of
-            ``router.budget_grid``, which must hold every width of the slices, up to ``fine_above``, and
+            ``router.budget_grid`` up to ``fine_above``, and
             windows those that thresholds are not recorded on; batches and saves are as in end-to-end tuning.
         routed_weight_lr: peak learning rate of the weights in it; 0 freezes them.
         routed_clipping_lr: of the clipping logits.

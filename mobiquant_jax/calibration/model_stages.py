@@ -258,7 +258,7 @@ class ModelStages:
             ValueError: scores that are not finite.
         """
 
-        @jax.jit
+        @partial(jax.jit, out_shardings=self.placement.replicated)
         def measure(routers: Routers, variables: Variables, tokens: Int[Array, "n T"], border: Int[Array, ""]) -> Array:
             before = UniformDepth(depth=border[None] + 1)
             return shift_below(collect_scores(model, with_routers(variables, routers), tokens, before), border)

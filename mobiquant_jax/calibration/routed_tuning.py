@@ -8,8 +8,8 @@ it gains beside what all other linears read. Here both learn from the same loss,
 
 with gates ``1[S_e > tau(B)]`` that are straight-through, so that the gradient of a score is what its slice would change
 of the model's own divergence. Each budget keeps the threshold that the first routers met it at, and the penalty (that
-of arXiv 2602.20191, which has it in the blocks' training) keeps the routers there. Their slices lie in tiers (`tiers`),
-so that a budget mixes two neighbouring widths.
+of arXiv 2602.20191, which has it in the blocks' training) keeps the routers there. At the start slices lie in tiers
+(`tiers`), so that a budget mixes two neighbouring widths, and they are moved into tiers again at the end.
 
 Slices beyond ``calibration.fine_above`` are not read: they are made once the coarser ones are final.
 """

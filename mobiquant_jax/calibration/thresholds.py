@@ -194,9 +194,9 @@ def _finite_threshold(
 def _in_gap(
     found: Float[Array, ""], scores: Float[Array, "n E-1"], bits: Float[Array, ""], slice_bits: tuple[int, ...]
 ) -> Float[Array, ""]:
-    """The threshold, moved into the middle of a gap at whose lower end a quantile of millions of scores may miss it.
+    """The middle of a gap, where ``bits`` are those up to a slice whose scores all lie above all of the next slice's.
 
-    Where ``bits`` are those up to a slice, and all tokens' scores of it lie above all of the next slice.
+    A quantile of millions of scores may miss the gap by some. Elsewhere the threshold stays as it was found.
     """
     ranked = prefix_scores(scores)
     lower, upper = ranked.max(axis=0)[1:], ranked.min(axis=0)[:-1]  # ends of the gaps between neighbours

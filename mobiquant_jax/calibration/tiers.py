@@ -1,10 +1,10 @@
 """Slices in tiers: no token reads a slice before all tokens read all slices before it, on the text this is measured on.
 
 A budget between two widths is then a mixture of these two alone, and at the bits of a width all tokens read just that
-one, as they do where `slice_tuning` makes each slice the best for its width. (Left to themselves, routers that were
-tuned with the weights mixed 2 and 4 bits at a budget of 3: with slices of 1 bit in between 4 % worse on SmolLM2-135M
-than 3 bits everywhere, ``results/candidates.json``.) Scores of all linears and slices share one threshold, so each
-slice's are moved, all alike, until a gap lies between them and those before:
+one, as they do where `slice_tuning` makes each slice the best for its width. What slices tuned so lose where tokens of
+other depths are among them, routers did not make up for: see the last rows of ``results/slice_tuning.json``. Scores of
+all linears and slices share one threshold, so each slice's are moved, all alike, until a gap lies between them and
+those before, in the model as it runs where the slice begins:
 
     S_e -= max S_e - min_{j < e} S_j + GAP
 

@@ -26,8 +26,8 @@ from mobiquant_jax.sharding import job_mesh
 ROOT = Path(__file__).parents[2]
 SHAPE = {"data": 2, "fsdp": 2, "model": 2}
 SECTIONS = {
-    "quant": dict(group_size=8, slice_bits=(4, 2, 2)),
-    "router": dict(hidden_size=4, budget_grid=(4.0, 5.0, 6.0, 8.0)),
+    "quant": dict(group_size=8, slice_bits=(4, 1, 1, 2)),
+    "router": dict(hidden_size=4, budget_grid=(4.0, 4.5, 5.0, 6.0, 8.0)),
     "calibration": dict(
         windows=8,
         window_length=16,
@@ -104,8 +104,8 @@ def on_one(calibrate):
 def thresholds(run):
     """Of routed tuning, at the budgets whose thresholds are finite."""
     pairs = np.load(run / "thresholds.npy")
-    assert pairs[:, 0].tolist() == [4.0, 5.0, 6.0]
-    return pairs[1:2, 1]
+    assert pairs[:, 0].tolist() == [4.0, 4.5, 5.0, 6.0]
+    return pairs[1:3, 1]
 
 
 def metrics(run):
@@ -118,7 +118,7 @@ def metrics(run):
 def assert_alike(run, variables, wanted_run, wanted):
     """Losses and checkpoint within 1e-5 of each other, depths and codes the same."""
     (losses, bits), (wanted_losses, wanted_bits) = metrics(run), metrics(wanted_run)
-    assert len(losses) == 2 * 2 + 3
+    assert len(losses) == 2 * 2 + 4
     np.testing.assert_allclose(thresholds(run), thresholds(wanted_run), rtol=1e-5)
     np.testing.assert_allclose(losses, wanted_losses, rtol=1e-5)
     np.testing.assert_array_equal(bits, wanted_bits)

@@ -212,6 +212,9 @@ def test_routers_that_were_tuned_keep_their_scores_and_all_slices_lie_in_tiers(
 
     def measure(model, windows, budgets, depth):
         seen["measured"].append(windows)
+        before = UniformDepth(depth=jnp.array([2]))
+        scores = collect_scores(model, model.variables, jnp.asarray(windows), before).values()
+        seen["gap"] = min(np.min(s[..., 0]) for s in scores), max(np.max(s[..., 1]) for s in scores)
         seen["scored"] = np.asarray(routers_of(model.variables)["mlp"]["up_proj"]["router"].output_bias)
         return shared_thresholds(model, windows, budgets, depth)
 
@@ -240,7 +243,8 @@ def test_routers_that_were_tuned_keep_their_scores_and_all_slices_lie_in_tiers(
     np.testing.assert_array_equal(seen["entered"], seen["scored"])
     pairs = seen["tuner"].pairs
     assert pairs[:, 0].tolist() == [2, 3, 4] and pairs[0, 1] == np.inf and pairs[2, 1] == -np.inf
-    assert np.isfinite(pairs[1, 1])
+    assert seen["gap"][0] - seen["gap"][1] == pytest.approx(GAP, abs=1e-3)
+    assert pairs[1, 1] == pytest.approx(np.mean(seen["gap"]), abs=1e-3)
 
     router = variables["params"]["layers"]["mlp"]["up_proj"]["router"]
     np.testing.assert_array_equal(router.output_bias[:, 0], seen["entered"][:, 0] + 7)

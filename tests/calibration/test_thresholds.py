@@ -159,14 +159,39 @@ def test_shared_thresholds_are_quantiles_of_all_linears_scores(model, sown):
     np.testing.assert_allclose(read / weight, budgets[1:3], atol=0.02)
 
 
-def test_a_shared_threshold_at_the_bits_of_a_tier_is_in_the_middle_of_its_gap(model):
+def test_a_shared_threshold_at_the_bits_of_a_tier_is_in_the_middle_of_its_gap(model, monkeypatch):
+    monkeypatch.setattr(thresholds, "threshold_for_bits", lambda *_: jnp.float32(1000.0))
     depth = 3
     (width,) = np.cumsum(model.elastic.slice_bits)[1 : depth - 1]
     variables = model.variables | {
         "params": jax.tree_util.tree_map_with_path(lower_from_two, model.variables["params"])
     }
     tiered = dataclasses.replace(model, variables=variables)
-    (found,) = shared_thresholds(tiered, WINDOWS, (float(width),), depth)
+    found, other = shared_thresholds(tiered, WINDOWS, (float(width), width + 0.5), depth)
+    assert other == 1000.0
     scores = collect_scores(tiered, variables, jnp.asarray(WINDOWS), UniformDepth(depth=jnp.array([2])))
     every = np.concatenate([np.asarray(s, np.float64).reshape(-1, 3) for s in scores.values()])
     assert found == pytest.approx((np.min(every[:, 0]) + np.max(every[:, 1])) / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "bits, shift, wanted",
+    [
+        (4.0, 0.0, 2.5),  # between 3 and 2
+        (6.0, 0.0, 0.5),
+        (5.0, 0.0, 9.0),
+        (2.0, 0.0, 9.0),
+        (8.0, 0.0, 9.0),
+        (4.0, 1.0, 9.0),  # scores of the second and third slice meet
+        (6.0, 1.0, 1.0),
+    ],
+)
+def test_a_threshold_in_a_gap(bits, shift, wanted):
+    scores = jnp.array([[4.0, 2.0 + shift, 0.0], [3.0, 1.0 + shift, -1.0]])
+    found = thresholds._in_gap(jnp.float32(9.0), scores, jnp.float32(bits), (2, 2, 2, 2))
+    assert float(found) == wanted
+
+
+def test_two_slices_have_no_gap_between_widths():
+    found = thresholds._in_gap(jnp.float32(9.0), jnp.ones((3, 1)), jnp.float32(4.0), (4, 4))
+    assert float(found) == 9.0

@@ -72,12 +72,10 @@ def run_script():
 
 
 @pytest.fixture
-def call_script(monkeypatch):
-    """`run_script` in this process: seconds less, for a case of many. The flags that the script defines are undone."""
-    monkeypatch.chdir(ROOT)
+def call_file(monkeypatch):
+    """``(path, *arguments) -> CompletedProcess``: a script in this process; the flags that it defines are undone."""
 
-    def call(name, *arguments):
-        path = f"experiments/{name}.py"
+    def call(path, *arguments):
         monkeypatch.setattr(sys, "argv", [path, *arguments])
         known = set(flags.FLAGS)
         out, err = io.StringIO(), io.StringIO()
@@ -91,6 +89,13 @@ def call_script(monkeypatch):
         return subprocess.CompletedProcess([path, *arguments], stop.value.code, out.getvalue(), err.getvalue())
 
     return call
+
+
+@pytest.fixture
+def call_script(call_file, monkeypatch):
+    """`run_script` in this process: seconds less, for a case of many."""
+    monkeypatch.chdir(ROOT)
+    return lambda name, *arguments: call_file(f"experiments/{name}.py", *arguments)
 
 
 @pytest.fixture(scope="session")

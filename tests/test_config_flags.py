@@ -1,4 +1,4 @@
-"""The command line as a user meets it: each case is a script in a process of its own."""
+"""The command line as a user meets it: a script in a process of its own, or in this one where cases are many."""
 
 import os
 import subprocess
@@ -37,21 +37,39 @@ def get_config():
 """
 
 
+# ml_collections loads config files in a way that Python means to drop.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+
 @pytest.fixture
-def script(tmp_path: Path):
+def folder(tmp_path: Path) -> Path:
+    """Where the script and its config lie."""
     (tmp_path / "script.py").write_text(SCRIPT)
     (tmp_path / "config.py").write_text(CONFIG)
+    return tmp_path
+
+
+@pytest.fixture
+def script(folder: Path):
+    """``(*arguments) -> CompletedProcess`` in a process of its own."""
 
     def call(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "script.py", *arguments],
-            cwd=tmp_path,
+            cwd=folder,
             env=os.environ | {"PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
         )
 
     return call
+
+
+@pytest.fixture
+def called(folder: Path, call_file, monkeypatch):
+    """`script` in this process."""
+    monkeypatch.chdir(folder)
+    return lambda *arguments: call_file("script.py", *arguments)
 
 
 def error_line(result: subprocess.CompletedProcess[str]) -> str:
@@ -71,8 +89,8 @@ def test_fields_are_overridden_with_their_types(script):
     assert result.stdout == "64 (2, 4.5) True 3 1\n"
 
 
-def test_the_file_is_used_where_nothing_is_overridden(script):
-    result = script("--config", "config.py", "--count", "5", "--noconfig.model.dither")
+def test_the_file_is_used_where_nothing_is_overridden(called):
+    result = called("--config", "config.py", "--count", "5", "--noconfig.model.dither")
     assert result.stdout == "32 (2.0, 2.5, 3.0, 4.0, 6.0, 8.0) False 5 1\n", result.stderr
 
 
@@ -86,8 +104,8 @@ def test_the_file_is_used_where_nothing_is_overridden(script):
         ("stray", "unexpected argument 'stray': every option is written --NAME=VALUE"),
     ],
 )
-def test_a_typo_names_the_nearest(script, argument: str, message: str):
-    assert error_line(script("--config=config.py", argument)) == message
+def test_a_typo_names_the_nearest(called, argument: str, message: str):
+    assert error_line(called("--config=config.py", argument)) == message
 
 
 @pytest.mark.parametrize(
@@ -102,28 +120,29 @@ def test_a_typo_names_the_nearest(script, argument: str, message: str):
         ("--count=many", "'many'"),
     ],
 )
-def test_a_wrong_type_names_the_value(script, argument: str, named: str):
-    assert named in error_line(script("--config=config.py", argument))
+def test_a_wrong_type_names_the_value(called, argument: str, named: str):
+    assert named in error_line(called("--config=config.py", argument))
 
 
-def test_a_missing_or_broken_config_file_is_named(script, tmp_path: Path):
-    assert error_line(script("--config=nowhere.py")) == "no config file 'nowhere.py'"
-    assert "--config=FILE.py is required" in error_line(script("--count=1"))
-    assert "before a value for --config" in error_line(script("--config.quant.group_size=4", "--config=config.py"))
+def test_a_missing_or_broken_config_file_is_named(called, tmp_path: Path):
+    assert error_line(called("--config=nowhere.py")) == "no config file 'nowhere.py'"
+    assert "--config=FILE.py is required" in error_line(called("--count=1"))
+    assert "before a value for --config" in error_line(called("--config.quant.group_size=4", "--config=config.py"))
     (tmp_path / "broken.py").write_text("def get_config():\n    return 1 / 0\n")
     assert (
-        error_line(script("--config=broken.py")) == "config file 'broken.py' fails: ZeroDivisionError: division by zero"
+        error_line(called("--config=broken.py")) == "config file 'broken.py' fails: ZeroDivisionError: division by zero"
     )
     (tmp_path / "plain.py").write_text("def get_config():\n    return {}\n")
-    assert "returns dict, not a ConfigDict" in error_line(script("--config=plain.py"))
+    assert "returns dict, not a ConfigDict" in error_line(called("--config=plain.py"))
 
 
 @pytest.mark.parametrize("kind", ["value", "file", "not"])
-def test_an_error_of_the_user_is_one_line(script, kind: str):
-    assert error_line(script("--config=config.py", f"--fail={kind}")) == "first line second line"
+def test_an_error_of_the_user_is_one_line(called, kind: str):
+    assert error_line(called("--config=config.py", f"--fail={kind}")) == "first line second line"
 
 
 def test_tracebacks_are_for_bugs_and_for_debug(script):
+    assert error_line(script("--config=config.py", "--fail=value")) == "first line second line"
     debugged = script("--config=config.py", "--fail=value", "--debug")
     assert debugged.returncode == 2
     assert "Traceback" in debugged.stderr and debugged.stderr.endswith("error: first line second line\n")

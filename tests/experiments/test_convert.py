@@ -85,7 +85,7 @@ def random_checkpoint():
     return runpy.run_path(str(ROOT / "tests" / "io" / "random_checkpoint.py"))
 
 
-def test_hugging_face_to_hugging_face(tmp_path, folder, tensors):
+def test_hugging_face_to_hugging_face(tmp_path, folder, tensors, call_script):
     result = run(f"--from={folder}", f"--to={tmp_path / 'same'}")
     assert result.returncode == 0, result.stderr
     assert f"wrote {tmp_path / 'same'} in bfloat16, without a tokenizer" in result.stdout
@@ -94,7 +94,7 @@ def test_hugging_face_to_hugging_face(tmp_path, folder, tensors):
     for name, tensor in tensors.items():
         assert written[name].dtype == tensor.dtype and written[name].tobytes() == tensor.tobytes()
 
-    assert run(f"--from={folder}", f"--to={tmp_path / 'wide'}", "--dtype=float32").returncode == 0
+    assert not call_script("convert", f"--from={folder}", f"--to={tmp_path / 'wide'}", "--dtype=float32").returncode
     for name, tensor in load_file(tmp_path / "wide" / "model.safetensors").items():
         assert tensor.dtype == np.float32
         np.testing.assert_array_equal(tensor, tensors[name].astype(np.float32))
@@ -220,7 +220,7 @@ def test_what_it_took_is_said_and_recorded(tmp_path, folder, call_script):
     assert record.read_text() == "[]" and not (tmp_path / "third").exists()
 
 
-def test_checkpoint_at_a_width(tmp_path, folder):
+def test_checkpoint_at_a_width(tmp_path, folder, call_script):
     config, _ = load_hf(folder)
     elastic = ElasticConfig(group_size=16, router_hidden_size=4)
     rng = np.random.default_rng()
@@ -244,20 +244,24 @@ def test_checkpoint_at_a_width(tmp_path, folder):
         expected = jax.vmap(lambda weight: weight.dequantize_width(3))(weight)
         np.testing.assert_array_equal(written["layers"][part][name]["kernel"], expected)
     np.testing.assert_array_equal(written["embedder"]["embedding"], variables["params"]["embedder"]["embedding"])
-    assert_fails(run(*arguments), "--bits must be a whole number from 1 to 8")
-    assert_fails(run(*arguments, "--bits=2.5"), "bits")
+    assert_fails(call_script("convert", *arguments), "--bits must be a whole number from 1 to 8")
+    assert_fails(call_script("convert", *arguments, "--bits=2.5"), "bits")
 
 
-def test_mistakes_are_one_line_and_write_nothing(tmp_path, folder):
+def test_mistakes_are_one_line_and_write_nothing(tmp_path, folder, call_script):
     target = tmp_path / "target"
     to = f"--to={target}"
+
+    def call(*arguments):
+        return call_script("convert", *arguments)
+
     assert_fails(run(to), "--from=MODEL and --to=FOLDER are required")
-    assert_fails(run(f"--from={tmp_path / 'nowhere'}", to), "no file or folder")
-    assert_fails(run(f"--from={ROOT / 'tests'}", to), "tests", "no config.json")
-    assert_fails(run("--from=package:no_such_package", to), "no package 'no_such_package' is installed")
-    assert_fails(run(f"--from={folder}", to, "--bits=4"), "--bits applies to a checkpoint")
-    assert_fails(run(f"--from={folder}", f"--to={folder}"), "is not an empty folder")
+    assert_fails(call(f"--from={tmp_path / 'nowhere'}", to), "no file or folder")
+    assert_fails(call(f"--from={ROOT / 'tests'}", to), "tests", "no config.json")
+    assert_fails(call("--from=package:no_such_package", to), "no package 'no_such_package' is installed")
+    assert_fails(call(f"--from={folder}", to, "--bits=4"), "--bits applies to a checkpoint")
+    assert_fails(call(f"--from={folder}", f"--to={folder}"), "is not an empty folder")
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
-    assert_fails(run(f"--from={folder}", to), "model.safetensors", "truncated")
+    assert_fails(call(f"--from={folder}", to), "model.safetensors", "truncated")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

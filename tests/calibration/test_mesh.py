@@ -26,8 +26,8 @@ from mobiquant_jax.sharding import job_mesh
 ROOT = Path(__file__).parents[2]
 SHAPE = {"data": 2, "fsdp": 2, "model": 2}
 SECTIONS = {
-    "quant": dict(group_size=8, slice_bits=(4, 1, 1, 2)),
-    "router": dict(hidden_size=4, budget_grid=(4.0, 4.5, 5.0, 6.0, 8.0)),
+    "quant": dict(group_size=8, slice_bits=(2, 2, 2, 2)),
+    "router": dict(hidden_size=4, budget_grid=(2.0, 3.0, 4.0, 6.0, 8.0)),
     "calibration": dict(
         windows=8,
         window_length=16,
@@ -104,7 +104,7 @@ def on_one(calibrate):
 def thresholds(run):
     """Of routed tuning, at the budgets whose thresholds are finite."""
     pairs = np.load(run / "thresholds.npy")
-    assert pairs[:, 0].tolist() == [4.0, 4.5, 5.0, 6.0]
+    assert pairs[:, 0].tolist() == [2.0, 3.0, 4.0, 6.0]
     return pairs[1:3, 1]
 
 
@@ -162,7 +162,7 @@ def test_the_finer_slices_start_alike_on_eight_devices(mesh_model, elastic):
     jax.tree.map(np.testing.assert_array_equal, eight, one)
     jax.tree.map(np.testing.assert_array_equal, coarse_eight, coarse_one)
     planes, before = one["mlp"]["up_proj"]["weight"].planes, coarse_one["mlp"]["up_proj"]["weight"].planes
-    assert [np.any(new != old) for new, old in zip(planes, before, strict=True)] == [False, True, True]
+    assert [np.any(new != old) for new, old in zip(planes, before, strict=True)] == [False, False, True, True]
 
 
 def test_a_block_of_the_paper_trains_alike_on_eight_devices(mesh_model, elastic):
@@ -246,7 +246,7 @@ def test_two_processes_of_four_devices(on_one, runs, arguments):
         )
         for process in (0, 1)
     ]
-    said = [process.communicate(timeout=300) for process in both]
+    said = [process.communicate(timeout=600) for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     assert_alike(runs / "two", load_checkpoint(runs / "two" / "checkpoint").variables, runs / "one", on_one)
     (first, _), (second, _) = said

@@ -209,7 +209,7 @@ class CalibrationConfig:
             )
         missing = [width for width in widths(slice_bits) if width not in budget_grid]
         if self.routed_epochs and missing:
-            raise ValueError(f"router.budget_grid {budget_grid} lacks {missing[0]}, a width of the slices: see `tiers`")
+            raise ValueError(f"router.budget_grid {budget_grid} lacks {missing[0]}: routed_epochs needs all widths")
         if not self.has_finer_slices:
             return
         final = widths(slice_bits)[:-1]

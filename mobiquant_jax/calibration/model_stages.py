@@ -230,8 +230,15 @@ class ModelStages:
 
         Routers that were tuned have their slices in tiers.
         """
-        cal = self.calibration
         kept, all_scores = self._kept_scores, len(self.elastic.slice_bits) - 1
+        routers = self._fitted(model, others, kept) if kept < all_scores else routers_of(model.variables)
+        if kept:
+            routers = self._in_tiers(model, routers, recorded, all_scores + 1)
+        return with_routers(model.variables, routers)
+
+    def _fitted(self, model: ElasticModel, others: Int[np.ndarray, "m T"], kept: int) -> Routers:
+        """The routers after the epochs of fitting them, the first ``kept`` scores as they were."""
+        cal = self.calibration
         trainer = RouterTrainer(
             model=dataclasses.replace(model, dtype=jnp.dtype(cal.dtype)), calibration=cal, windows=others, kept=kept
         )
@@ -243,13 +250,8 @@ class ModelStages:
         def report(done: int, seconds: float, record: dict[str, Any]) -> None:
             self.observer.on_fitted(done, cal.fit_epochs, record["healthy"], seconds)
 
-        routers = routers_of(model.variables)
-        if kept < all_scores:
-            stage = self._stage(ROUTER, cal.fit_epochs, trainer.abstract_state)
-            routers = stage.run_all(lambda: trainer.start(model.variables), epoch, report).routers
-        if kept:
-            routers = self._in_tiers(model, routers, recorded, all_scores + 1)
-        return with_routers(model.variables, routers)
+        stage = self._stage(ROUTER, cal.fit_epochs, trainer.abstract_state)
+        return stage.run_all(lambda: trainer.start(model.variables), epoch, report).routers
 
     def _in_tiers(self, model: ElasticModel, routers: Routers, recorded: Int[np.ndarray, "n T"], depth: int) -> Routers:
         """The routers with the scores of the first ``depth`` slices in tiers, each measured where its tier begins.

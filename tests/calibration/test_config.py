@@ -133,9 +133,7 @@ def test_routed_tuning_needs_slices_to_choose_from():
         ValueError, match=r"^router.budget_grid \(2, 4, 8\) has nothing between 2 and fine_above=4 bits"
     ):
         routed.check_slices((2, 2, 4), (2, 4, 8))
-    with pytest.raises(
-        ValueError, match=r"^router.budget_grid \(2, 3, 8\) lacks 4: routed_epochs needs all widths$"
-    ):
+    with pytest.raises(ValueError, match=r"^router.budget_grid \(2, 3, 8\) lacks 4: routed_epochs needs all widths$"):
         routed.check_slices((2, 2, 4), (2, 3, 8))
     alone = dict(routed_epochs=0, end_epochs=1, slice_epochs=1)
     for name, changes in (("routed_epochs", {}), ("slice_epochs", alone)):

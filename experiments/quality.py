@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from mobiquant_jax.baselines import Results, open_results
+from mobiquant_jax.baselines import Results, open_results, plot_perplexities
 from mobiquant_jax.compilation import prefer_library_matmuls
 from mobiquant_jax.config_flags import run
 from mobiquant_jax.evaluation import evaluate_perplexity, parse_bits, perplexity_step
@@ -35,6 +35,7 @@ WINDOW_LENGTH = flags.DEFINE_integer("window_length", 2048, "tokens a window")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "windows a step")
 TRIED = flags.DEFINE_integer("settings_tried", None, "how many settings this recipe was chosen from")
 JSON = flags.DEFINE_string("json", None, "file for the rows, rewritten after each")
+PNG = flags.DEFINE_string("png", None, "file for a picture of the table's first text")
 RESUME = flags.DEFINE_boolean("resume", False, "add the rows that the file lacks")
 OVERWRITE = flags.DEFINE_boolean("overwrite", False, "replace the file")
 
@@ -50,6 +51,8 @@ def main(_: list[str]) -> None:
     bits_list = parse_bits(BITS.value)
     if BATCH_SIZE.value < 1:
         raise ValueError(f"--batch_size={BATCH_SIZE.value} must be at least 1")
+    if PNG.value and not Path(PNG.value).parent.is_dir():
+        raise FileNotFoundError(f"--png={PNG.value}: no folder '{Path(PNG.value).parent}'")
     records = _read_runs([Path(folder) for folder in RUNS.value])
     results: Results | None = None
     texts: dict[str, np.ndarray] = {}
@@ -75,6 +78,8 @@ def main(_: list[str]) -> None:
             results.add(row)
             print(f"{METHOD.value} seed {row['seed']}  {bits:g} bits  {name} {scored.perplexity:.5g}", flush=True)
         jax.clear_caches()  # the next model is an argument of a program of its own
+    if PNG.value and results is not None:
+        plot_perplexities(PNG.value, results.rows)
 
 
 def _read_runs(folders: Sequence[Path]) -> dict[Path, dict[str, Any]]:

@@ -1,5 +1,7 @@
 """Writes the tables of README.md from results/*.json, between its markers; --check only says whether they agree.
 
+A table of perplexities gets a picture beside its file, too.
+
 python experiments/readme_tables.py
 """
 
@@ -11,10 +13,11 @@ from absl import flags
 
 from mobiquant_jax.analysis import policies_table
 from mobiquant_jax.aot import render_table
-from mobiquant_jax.baselines import perplexity_table
+from mobiquant_jax.baselines import perplexity_table, plot_perplexities
 from mobiquant_jax.benchmark import summary
 from mobiquant_jax.config_flags import run
 from mobiquant_jax.evaluation import markdown_table
+from mobiquant_jax.evaluation.tasks.table import tasks_table
 from mobiquant_jax.files import read_json_object
 from mobiquant_jax.io.conversion import conversions_table
 
@@ -33,7 +36,10 @@ def main(_: list[str]) -> None:
         name = match.group(1)
         result = read_json_object(readme.parent / name)
         try:
-            return f"<!-- {name} -->\n{table(result)}\n<!-- end -->"
+            written = f"<!-- {name} -->\n{table(result)}\n<!-- end -->"
+            if _is_perplexities(result) and not CHECK.value:
+                plot_perplexities((readme.parent / name).with_suffix(".png"), result["rows"])
+            return written
         except ValueError as error:
             raise ValueError(f"'{readme.parent / name}' is {error}") from error
         except (KeyError, TypeError) as error:
@@ -56,11 +62,17 @@ def table(result: dict[str, Any]) -> str:
         return summary(result)
     if "conversions" in result:
         return conversions_table(result["conversions"])
-    if "sessions" in result:
+    if _is_perplexities(result):
         return perplexity_table(result)
+    if "sessions" in result:
+        return tasks_table(result)
     if "compiled" in result:
         return render_table(result["compiled"])
     return policies_table(result) if "policies" in result else markdown_table(result)
+
+
+def _is_perplexities(result: dict[str, Any]) -> bool:
+    return "sessions" in result and all("perplexity" in row for row in result.get("rows", [{}]))
 
 
 if __name__ == "__main__":

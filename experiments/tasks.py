@@ -24,6 +24,7 @@ from mobiquant_jax.config_flags import run
 from mobiquant_jax.evaluation import parse_bits
 from mobiquant_jax.evaluation.tasks import ContinuationStep, continuation_step, require_lm_eval
 from mobiquant_jax.evaluation.tasks.documents import LOCAL_TASKS, check_documents
+from mobiquant_jax.evaluation.tasks.table import accuracy
 from mobiquant_jax.files import check_same
 from mobiquant_jax.io import open_dense, resolve
 from mobiquant_jax.io.checkpoint import is_checkpoint
@@ -226,7 +227,7 @@ def _summary(sources: list[Source], tasks: list[str], results: Results) -> str:
     lines = [f"{'':20s} {'bits':>5s} {'models':>7s} {'mean over ' + str(len(tasks)) + ' tasks':>18s}"]
     for (method, bits), mine in seeds.items():
         scores = [
-            row["accuracy"] if row["accuracy_norm"] is None else row["accuracy_norm"]
+            accuracy(row)
             for row in results.rows
             if (row["method"], row["bits"]) == (method, bits) and row["seed"] in mine and row["task"] in tasks
         ]

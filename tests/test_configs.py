@@ -22,6 +22,7 @@ PARAMETERS = {
     "llama32_1b": 1_235_814_400,
     "llama32_3b": 3_212_749_824,
     "smollm2_135m": 134_515_008,
+    "smollm2_135m_paper": 134_515_008,
     "smollm2_135m_quality": 134_515_008,
     "stories260k": 260_032,
 }

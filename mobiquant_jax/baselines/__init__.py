@@ -3,6 +3,7 @@
 from mobiquant_jax.baselines.autoround import AutoRoundConfig
 from mobiquant_jax.baselines.awq import AWQConfig
 from mobiquant_jax.baselines.engine import QuantizedModel, Run, quantize_blocks
+from mobiquant_jax.baselines.figure import plot_perplexities
 from mobiquant_jax.baselines.gptq import GPTQConfig
 from mobiquant_jax.baselines.grid import check_bits
 from mobiquant_jax.baselines.methods import (
@@ -41,6 +42,7 @@ __all__ = [
     "find_method",
     "open_results",
     "perplexity_table",
+    "plot_perplexities",
     "program",
     "quantize_blocks",
     "quantize_model",

@@ -43,8 +43,9 @@ def score(call_script, runs):
 
 def test_a_row_for_each_run_and_average_and_a_table_that_is_continued(model, runs, score):
     assert score(folders=("0",)).returncode == 0
-    result = score("--resume")
+    result = score("--resume", f"--png={runs}/rows.png")
     assert result.returncode == 0, result.stderr
+    assert (runs / "rows.png").read_bytes().startswith(b"\x89PNG")
     assert len(result.stdout.splitlines()) == 2  # the first run's rows are there already
     rows = json.loads((runs / "rows.json").read_text())["rows"]
     assert [(row["seed"], row["bits"], row["seconds"]) for row in rows] == [
@@ -60,6 +61,15 @@ def test_a_row_for_each_run_and_average_and_a_table_that_is_continued(model, run
         assert (row["measured_bits"], row["tokens"]) == (expected.measured_bits, WINDOWS * (LENGTH - 1))
         assert row["settings"] == {"quant.group_size": 32, "calibration.dtype": "float32"}
         assert (row["method"], row["text"]) == ("elastic", "random")
+
+
+def test_a_picture_that_cannot_be_written_ends_it_before_anything_is_scored(runs, score):
+    result = score(f"--png={runs}/missing/rows.png")
+    assert (result.returncode, result.stderr) == (
+        2,
+        f"error: --png={runs}/missing/rows.png: no folder '{runs}/missing'\n",
+    )
+    assert not (runs / "rows.json").exists()
 
 
 def test_runs_that_are_not_finished_or_not_alike_are_named(runs, score):

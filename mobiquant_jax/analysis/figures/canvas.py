@@ -15,13 +15,12 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
-from mobiquant_jax.evaluation.report import ACCENT, INK, MUTED, STYLE
+from mobiquant_jax.evaluation.report import ACCENT, COLORS, INK, MUTED, STYLE
 from mobiquant_jax.evaluation.token_bits import COLORMAP, LUMINANCE
 
 DPI = 160
 WIDTH = 9.0  # inches
 MOST_WRITTEN = 12  # layers of a map with room for numbers
-COLORS = ("#d1495b", "#edae49", "#2a9d8f", "#9b5de5", "#7b8794", "#00798c", "#6a4c93")
 QUIET = "#d0d7de"
 
 __all__ = ["ACCENT", "COLORS", "INK", "MUTED", "QUIET", "color_bar", "figure", "map_linears"]

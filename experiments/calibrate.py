@@ -115,9 +115,9 @@ def main(_: list[str]) -> None:
         "provenance": record["provenance"],
         "mesh": record["mesh"],
         "processes": jax.process_count(),
-        # A resumed run's seconds are not all of them.
-        "seconds": None if RESUME.value else round(seconds, 1),
-        "calibration_seconds": None if RESUME.value else round(calibrated - start, 1),
+        # A continued run's seconds are not all of them.
+        "seconds": None if run_dir.continued else round(seconds, 1),
+        "calibration_seconds": None if run_dir.continued else round(calibrated - start, 1),
         **peaks,
         "curve": curve_rows(results),
     }

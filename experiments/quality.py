@@ -2,9 +2,9 @@ r"""Scores finished calibration runs on texts, into the table that baselines.py 
 
 for seed in 0 1 2; do
     python experiments/calibrate.py --config=configs/smollm2_135m_quality.py \
-        --config.data.source=file:c4.txt,valid.txt --config.calibration.seed=$seed --config.run_dir=runs/elastic/$seed
+        --config.data.source=file:c4.txt,valid.txt --config.calibration.seed=$seed --config.run_dir=runs/quality/$seed
 done
-python experiments/quality.py --runs=runs/elastic/0,runs/elastic/1,runs/elastic/2 --bits=2,2.5,3,4,5,6,8 \
+python experiments/quality.py --runs=runs/quality/0,runs/quality/1,runs/quality/2 --bits=2,2.5,3,4,5,6,8 \
     --text=wikitext2=file:test.txt --text=wikipedia:64=file:wikipedia.txt --json=results/quality.json
 
 Where the file of --json exists, --resume adds the rows it lacks; it may be the table of the baselines.

@@ -1,6 +1,6 @@
 """Writes the tables of README.md from results/*.json, between its markers; --check only says whether they agree.
 
-A table of perplexities gets a picture beside its file, too.
+Where README shows results/NAME.png beside a table of perplexities, results/NAME.json, the picture is drawn, too.
 
 python experiments/readme_tables.py
 """
@@ -30,15 +30,16 @@ def main(_: list[str]) -> None:
     readme = Path(README.value)
     if not readme.is_file():
         raise FileNotFoundError(f"no file '{readme}'")
-    old = readme.read_text()
+    old, pictures = readme.read_text(), {}
 
     def section(match: re.Match[str]) -> str:
         name = match.group(1)
         result = read_json_object(readme.parent / name)
         try:
             written = f"<!-- {name} -->\n{table(result)}\n<!-- end -->"
-            if _is_perplexities(result) and not CHECK.value:
-                plot_perplexities((readme.parent / name).with_suffix(".png"), result["rows"])
+            picture = Path(name).with_suffix(".png")
+            if _is_perplexities(result) and f"({picture})" in old:
+                pictures[readme.parent / picture] = result["rows"]
             return written
         except ValueError as error:
             raise ValueError(f"'{readme.parent / name}' is {error}") from error
@@ -50,6 +51,8 @@ def main(_: list[str]) -> None:
         raise ValueError(f"'{readme}' differs from its results: run python experiments/readme_tables.py")
     if new != old:
         readme.write_text(new)
+    for path, rows in {} if CHECK.value else pictures.items():
+        plot_perplexities(path, rows)
 
 
 def table(result: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 r"""Zero-shot tasks of elastic checkpoints and of fixed-width models, into one file: one row a model, width and task.
 
-python experiments/tasks.py --model=elastic:0=runs/elastic/0/checkpoint --model=elastic:1=runs/elastic/1/checkpoint \
+python experiments/tasks.py --model=elastic:0=runs/quality/0/checkpoint --model=elastic:1=runs/quality/1/checkpoint \
     --model=unquantized=models/unquantized --model=rtn@3=models/rtn-3 --model=qat@3:0=models/qat-3-0 \
     --bits=2,2.5,3,4,8 --task_data=FOLDER --json=results/tasks.json
 

@@ -11,6 +11,7 @@ import pytest
 
 from mobiquant_jax.config_flags import flatten, load_config
 from mobiquant_jax.default_config import default_config
+from mobiquant_jax.experiment import load_calibration, load_elastic
 from mobiquant_jax.models import Llama, LlamaConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -57,6 +58,10 @@ def test_sections_are_the_defaults_and_fit_the_model(name: str):
     context = config.model.architecture.max_position_embeddings
     assert max(config.calibration.window_length, config.evaluation.window_length) <= context
     assert config.run_dir == f"runs/{name}"
+    calibration, elastic = load_calibration(config), load_elastic(config)
+    calibration.check_slices(elastic.slice_bits, elastic.budget_grid)
+    elastic.check_model(architecture(name))
+    assert (calibration.recipe == "paper") == name.endswith("_paper")
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

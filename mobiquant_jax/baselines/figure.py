@@ -19,7 +19,7 @@ MARKERS = "sD^vPX*"
 def plot_perplexities(path: str | Path, rows: Sequence[Row]) -> None:
     """Draws the first text's perplexities against the bits used: means over seeds, bars from the least to the greatest.
 
-    Models made for another width than they are read at are left out.
+    Models made for another width than they are read at are left out, and so are seeds without a finite perplexity.
 
     Args:
         path: the PNG to write.
@@ -57,7 +57,7 @@ def plot_perplexities(path: str | Path, rows: Sequence[Row]) -> None:
         axes.tick_params(colors=INK)
         axes.legend(frameon=False, labelcolor=INK)
         axes.set_title(f"perplexities up to {HIGHEST:g} times the best", loc="left", fontsize=11, color=INK)
-        figure.savefig(path)
+        figure.savefig(path, format="png")
 
 
 def _by_method(rows: Sequence[Row]) -> dict[tuple[str, bool], dict[float, list[Row]]]:

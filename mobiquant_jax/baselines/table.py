@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 from mobiquant_jax.baselines.results import Row
+from mobiquant_jax.markdown import table_lines, where_from
 
 _MODEL = ("bits", "method", "calibrated_bits")
 
@@ -21,7 +22,7 @@ def perplexity_table(content: dict[str, Any]) -> str:
     for row in rows:
         models.setdefault(tuple(row[name] for name in _MODEL), []).append(row)
     head = ["bits", "used", "method", *texts, "seeds", "settings tried", "seconds"]
-    lines = [_line(head), f"|{'---|' * len(head)}"]
+    lines = []
     for (bits, method, calibrated), mine in sorted(models.items(), key=partial(_order, texts[:1])):
         name = method if calibrated in (None, bits) else f"{method}, made at {calibrated:g} bits"
         cells = [_cell([row["perplexity"] for row in mine if row["text"] == text]) for text in texts]
@@ -31,8 +32,9 @@ def perplexity_table(content: dict[str, Any]) -> str:
         took = f"{sum(seconds) / len(seconds):.0f}" if seconds else "-"
         known = [str(len(seeds) or "-"), "-" if tried is None else str(tried), took]
         asked = ["-", "-"] if bits is None else [f"{bits:g}", _used(mine)]
-        lines.append(_line([*asked, name, *cells, *known]))
-    return "\n".join([*lines, "", _sources(content["sessions"])])
+        lines.append([*asked, name, *cells, *known])
+    origin = f"Perplexities, mean (least to greatest); {where_from(content['sessions'])}. The file has every command."
+    return "\n".join([*table_lines(head, lines), "", origin])
 
 
 def _order(texts: list[str], item: tuple[tuple[Any, ...], list[Row]]) -> tuple[Any, ...]:
@@ -56,15 +58,3 @@ def _cell(found: list[float | None]) -> str:
         return "not measured"
     mean = f"{sum(numbers) / len(numbers):.4g}"
     return mean if len(numbers) == 1 else f"{mean} ({min(numbers):.4g} to {max(numbers):.4g})"
-
-
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _sources(sessions: list[dict[str, Any]]) -> str:
-    """Commits, devices and versions of all sessions; the commands are in the file."""
-    commits = ", ".join(dict.fromkeys(session["commit"][:7] for session in sessions))
-    devices = ", ".join(dict.fromkeys(device for session in sessions for device in session["devices"]))
-    versions = ", ".join(dict.fromkeys(f"jax {session['versions']['jax']}" for session in sessions))
-    return f"Perplexities, mean (least to greatest); at {commits}: {devices}; {versions}. The file has every command."

@@ -51,10 +51,12 @@ class RunDir:
     Attributes:
         path: the folder.
         events: gets the metrics too, or None.
+        continued: whether another process began the run.
     """
 
     path: Path
     events: EventFile | None = field(default=None, compare=False)
+    continued: bool = field(default=False, compare=False)
 
     @property
     def checkpoint(self) -> Path:
@@ -204,8 +206,10 @@ def open_run(
     """
     if tensorboard:
         check_installed()
+    continued = resume and (Path(path) / "run.json").is_file()
     distributed.on_main(f"opening '{path}'", lambda: _open(path, record, resume=resume, overwrite=overwrite))
-    return RunDir(path=Path(path), events=EventFile(Path(path) / "events") if tensorboard else None)
+    events = EventFile(Path(path) / "events") if tensorboard else None
+    return RunDir(path=Path(path), events=events, continued=continued)
 
 
 def _open(path: str | Path, record: dict[str, Any], *, resume: bool, overwrite: bool) -> None:

@@ -18,7 +18,7 @@ from mobiquant_jax.provenance import short_commit
 STYLE: dict[Any, Any] = {"font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False}
 LOG_RATIO = 4.0  # a curve that spans more than this is drawn on a logarithmic axis
 INK, ACCENT, MUTED = "#1f2933", "#1f6feb", "#7b8794"
-COLORS = ("#d1495b", "#edae49", "#2a9d8f", "#9b5de5", "#7b8794", "#00798c", "#6a4c93")  # of what stands beside it
+COLORS = ("#d1495b", "#edae49", "#2a9d8f", "#9b5de5", "#8d6e63", "#00798c", "#6a4c93")  # of what stands beside it
 
 
 def format_table(results: Sequence[PerplexityResult]) -> str:

@@ -6,8 +6,8 @@ from matplotlib.axes import Axes
 from mobiquant_jax.baselines import plot_perplexities
 
 
-def row(method, bits, perplexity, seed=None, made=None, text="a"):
-    found = dict(method=method, bits=bits, calibrated_bits=made, measured_bits=bits, seed=seed, text=text)
+def row(method, bits, perplexity, seed=None, made=None, text="a", used=None):
+    found = dict(method=method, bits=bits, calibrated_bits=made, measured_bits=used or bits, seed=seed, text=text)
     return found | {"perplexity": perplexity}
 
 
@@ -27,12 +27,13 @@ def test_means_bars_and_what_is_left_out(tmp_path, monkeypatch):
         row("rtn", 2, 101.0, made=2),  # more than ten times the best
         row("rtn", 2, None, made=2),
         row("elastic", 4.0, 11.0),
-        row("elastic", 2.5, 30.0),
+        row("elastic", 2.5, 30.0, used=2.4),
         row("elastic", 2.5, 5.0, text="b"),
     ]
-    plot_perplexities(tmp_path / "a.png", rows)
+    plot_perplexities(tmp_path / "a.picture", rows)  # whatever it is called
+    assert (tmp_path / "a.picture").read_bytes().startswith(b"\x89PNG")
     assert drawn == {
-        "elastic": ([2.5, 4.0], [30.0, 11.0], [[0, 0], [0, 0]], "-"),
+        "elastic": ([2.4, 4.0], [30.0, 11.0], [[0, 0], [0, 0]], "-"),
         "qat": ([2, 3], [99.0, 15.5], [[0, 1.5], [0, 1.5]], "none"),
     }
 

@@ -46,7 +46,10 @@ def test_an_empty_folder_and_a_link_to_one_are_used(tmp_path):
 
 
 def test_resume_starts_a_run_where_there_is_none(tmp_path):
-    assert opened(tmp_path / "new", resume=True).path.is_dir()
+    run = opened(tmp_path / "new", resume=True)
+    assert run.path.is_dir() and not run.continued
+    assert opened(run.path, resume=True).continued
+    assert not opened(run.path, overwrite=True).continued
 
 
 def test_overwrite_starts_over(tmp_path):

@@ -21,6 +21,7 @@ RESULT = {
         {"bits": None, "measured_bits": 16.0, "perplexity": 20.0, "tokens": 9},
     ],
 }
+TASK = {"method": "x", "bits": 2, "accuracy": 1, "accuracy_norm": 1}
 FILLED = """before
 <!-- results/demo.json -->
 | average bits | measured | perplexity | against unquantized |
@@ -53,13 +54,16 @@ def test_tables_are_made_from_their_results(call_script, readme):
     assert call_script("readme_tables", f"--readme={readme}", "--check").stderr == ""
 
 
-def test_a_table_of_perplexities_gets_a_picture(call_script, readme):
+def test_a_table_of_perplexities_is_drawn_where_its_picture_is_shown(call_script, readme):
     session = RESULT["provenance"]
     row = dict(method="x", bits=2, calibrated_bits=2, measured_bits=2, seed=None, settings_tried=None, seconds=0)
     rows = [row | dict(text="t", perplexity=20.0)]
     (readme.parent / "results" / "demo.json").write_text(json.dumps({"sessions": [session], "rows": rows}))
     stale = call_script("readme_tables", f"--readme={readme}", "--check")
     assert stale.returncode == 2 and not (readme.parent / "results" / "demo.png").exists()
+    assert call_script("readme_tables", f"--readme={readme}").stderr == ""
+    assert not (readme.parent / "results" / "demo.png").exists()
+    readme.write_text("![curve](results/demo.png)" + readme.read_text())
     assert call_script("readme_tables", f"--readme={readme}").stderr == ""
     assert (readme.parent / "results" / "demo.png").read_bytes().startswith(b"\x89PNG")
     assert "| 2 | 2.00 | x | 20 | - | - | - |" in readme.read_text()
@@ -73,7 +77,15 @@ def test_a_table_of_tasks(call_script, readme):
     assert "| 2.5 | x | 50.0 | 50.0 | 1 |" in readme.read_text()
 
 
-@pytest.mark.parametrize("content", ['{"sessions": [], "rows": [{"method": "x"}]}', '{"sessions": []}', '{"curve": 3}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"sessions": [], "rows": [{"method": "x"}]}',
+        json.dumps({"sessions": [], "rows": [TASK | {"seed": 0, "task": "a"}, TASK | {"seed": 1, "task": "b"}]}),
+        '{"sessions": []}',
+        '{"curve": 3}',
+    ],
+)
 def test_damaged_results_are_named(call_script, readme, content):
     (readme.parent / "results" / "demo.json").write_text(content)
     found = call_script("readme_tables", f"--readme={readme}")

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from mobiquant_jax.evaluation.tasks.documents import LOCAL_TASKS
-from mobiquant_jax.provenance import short_commit
+from mobiquant_jax.markdown import table_lines, where_from
+
+_Model = tuple[float | None, str]
 
 
 def accuracy(row: dict[str, Any]) -> float:
@@ -17,33 +18,30 @@ def tasks_table(content: dict[str, Any]) -> str:
 
     Args:
         content: of a file of results.
+
+    Raises:
+        ValueError: a model lacks a task that others have, naming both: means would be of unlike things.
     """
-    rows = content["rows"]
-    tasks = [task for task in LOCAL_TASKS if any(row["task"] == task for row in rows)]
-    models: dict[tuple[float | None, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        models.setdefault((row["bits"], row["method"]), []).append(row)
-    means = {
-        model: [_mean([row for row in mine if row["task"] == task]) for task in tasks] for model, mine in models.items()
-    }
-    head = ["bits", "method", *(task.removeprefix("local_").replace("_", " ") for task in tasks), "mean", "seeds"]
-    lines = [_line(head), f"|{'---|' * len(head)}"]
+    tasks = sorted({row["task"] for row in content["rows"]})
+    models: dict[_Model, dict[Any, dict[str, float]]] = {}
+    for row in content["rows"]:
+        seeds = models.setdefault((row["bits"], row["method"]), {})
+        seeds.setdefault(row["seed"], {})[row["task"]] = accuracy(row)
+    means = {model: _means(model, seeds, tasks) for model, seeds in models.items()}
+    lines = []
     for (bits, method), found in sorted(means.items(), key=lambda item: (item[0][0] or 0, -sum(item[1]))):
-        seeds = {row["seed"] for row in models[bits, method]} - {None}
         cells = [f"{100 * value:.1f}" for value in (*found, sum(found) / len(found))]
-        lines.append(_line(["-" if bits is None else f"{bits:g}", method, *cells, str(len(seeds) or "-")]))
-    return "\n".join([*lines, "", _sources(content["sessions"])])
+        count = len(models[bits, method].keys() - {None})
+        lines.append(["-" if bits is None else f"{bits:g}", method, *cells, str(count or "-")])
+    head = ["bits", "method", *(task.removeprefix("local_").replace("_", " ") for task in tasks), "mean", "seeds"]
+    origin = f"Percent right, mean over seeds; {where_from(content['sessions'])}. The file has every command."
+    return "\n".join([*table_lines(head, lines), "", origin])
 
 
-def _mean(rows: list[dict[str, Any]]) -> float:
-    return sum(map(accuracy, rows)) / len(rows)
-
-
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _sources(sessions: list[dict[str, Any]]) -> str:
-    commits = ", ".join(dict.fromkeys(short_commit(session["commit"]) for session in sessions))
-    devices = ", ".join(dict.fromkeys(device for session in sessions for device in session["devices"]))
-    return f"Percent right, mean over seeds; at {commits}: {devices}. The file has every command."
+def _means(model: _Model, seeds: dict[Any, dict[str, float]], tasks: list[str]) -> list[float]:
+    """Mean over seeds of each task."""
+    for seed, found in seeds.items():
+        if missing := next((task for task in tasks if task not in found), None):
+            bits, method = model
+            raise ValueError(f"no finished table: {method} of seed {seed} at {bits} bits lacks {missing}")
+    return [sum(found[task] for found in seeds.values()) / len(seeds) for task in tasks]

@@ -24,13 +24,13 @@ os.environ["XLA_FLAGS"] += " --xla_gpu_enable_triton_gemm=false"  # scripts set 
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if version("jax").startswith("0.10."):  # later versions may lack these flags
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"  # a third of the compilation time on CPUs
-    # Splitting programs over threads takes time too, and the other worker has the other cores: about a quarter less.
+    # Splitting programs over threads takes time too, and the other worker has the other cores: about a sixth less.
     os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # What one process has compiled, pytest's other workers and the scripts that tests start read: it halves the time.
     # The folder lives as long as the process that made it, the one that starts the others.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jax_cache_")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # hundreds of small ones come again in each file
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # small ones come again too
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import gc
 import io
 import os
 import runpy
@@ -21,16 +22,20 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ["XLA_FLAGS"] += " --xla_gpu_enable_triton_gemm=false"  # scripts set it, and the cache's keys depend on it
 # The tests' programs, and those of the scripts they start, run for milliseconds and compile for seconds.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-if version("jax").startswith("0.10."):  # a third of its compilation time on CPUs; later versions have no such flag
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+if version("jax").startswith("0.10."):  # later versions may lack these flags
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"  # a third of the compilation time on CPUs
+    # Splitting programs over threads takes time too, and the other worker has the other cores: about a sixth less.
+    os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # What one process has compiled, pytest's other workers and the scripts that tests start read: it halves the time.
     # The folder lives as long as the process that made it, the one that starts the others.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jax_cache_")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # small ones come again too
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Tracing makes millions of objects that live on; by default Python looks through them all, again and again, for cycles.
+gc.set_threshold(20_000, 50, 50)
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"

@@ -259,19 +259,24 @@ class ModelStages:
         Raises:
             ValueError: scores that are not finite.
         """
-
-        @partial(jax.jit, out_shardings=self.placement.replicated)
-        def measure(routers: Routers, variables: Variables, tokens: Int[Array, "n T"], border: Int[Array, ""]) -> Array:
-            before = UniformDepth(depth=border[None] + 1)
-            return shift_below(collect_scores(model, with_routers(variables, routers), tokens, before), border)
-
         tokens = self.placement.put_batch(recorded)
         for border in range(1, depth - 1):
-            by = float(measure(routers, model.variables, tokens, self.placement.put_whole(np.int32(border))))
+            by = float(self._too_high(routers, model.variables, tokens, self.placement.put_whole(np.int32(border))))
             if not np.isfinite(by):
                 raise ValueError(f"the routers' scores are not finite: those of slice {border + 2} are {by} too high")
             routers = lower_from(routers, by, border)
         return routers
+
+    @cached_property
+    def _too_high(self) -> Callable[..., Array]:
+        """Jitted ``(routers, variables, tokens, border)`` to what `shift_below` tells; one program for the run."""
+        model = ElasticModel(config=self.config, elastic=self.elastic, variables={}, placement=self.placement)
+
+        def measure(routers: Routers, variables: Variables, tokens: Int[Array, "n T"], border: Int[Array, ""]) -> Array:
+            before = UniformDepth(depth=border[None] + 1)
+            return shift_below(collect_scores(model, with_routers(variables, routers), tokens, before), border)
+
+        return jax.jit(measure, out_shardings=self.placement.replicated)
 
     def _generated(self, params: Params) -> Int[np.ndarray, "G T"]:
         """The windows that the unquantized model wrote: those of the run's folder, so that it resumes with the same."""

@@ -8,7 +8,7 @@ blocks (`model_stages`) needs the whole model there.
 
 Order on ``resume``: the folder's blocks and channel scales are read instead of trained and found, all but blocks that
 are damaged; streams are recomputed through them, so a resumed run continues with the very numbers of an uninterrupted
-one.
+one. Where all blocks are there, no stream is needed.
 """
 
 import contextlib
@@ -125,6 +125,9 @@ class Calibrator:
         """Brings the run's folder to hold every block."""
         done = self._finished_blocks()
         self.observer.on_start(self.config.num_hidden_layers, done)
+        scales = self._load_scales()
+        if self._all_there(trainer, done, scales):
+            return
         embedder = self.placement.put({"embedder": params["embedder"]})
         full = trainer.embed(embedder, windows)
         quantized = trainer.embed(embedder, windows[trainer.samples.window])
@@ -133,19 +136,27 @@ class Calibrator:
         def read(index: int) -> Params:
             return self.placement.put(jax.tree.map(lambda leaf: layer(leaf, index), params["layers"]))
 
-        scales = self._load_scales()
         with WriteBehind() as behind:
             for index, dense in enumerate(read_ahead(read, self.config.num_hidden_layers)):
                 if self.calibration.scale_width:
                     dense = self._scaled(dense, full, index, scales)
                 target = trainer.dense_block(dense, full)
-                trained = load_or_remove(
-                    self.run, self.run.block(index), trainer.abstract_trained, self.observer.on_damaged
-                )
+                trained = self._load_block(trainer, index)
                 if trained is None:
                     trained = self._train_block(trainer, dense, quantized, target, index, behind)
                 quantized = trainer.packed_block(trainer.pack(trained), quantized)
                 full = target
+
+    def _all_there(self, trainer: BlockTrainer, done: int, scales: list[ChannelScales]) -> bool:
+        """Whether nothing is left to train or to find; blocks that are damaged are removed."""
+        count = self.config.num_hidden_layers
+        if done < count or (self.calibration.scale_width and len(scales) < count):
+            return False
+        return all(self._load_block(trainer, index) is not None for index in range(count))
+
+    def _load_block(self, trainer: BlockTrainer, index: int) -> Params | None:
+        """A block that was trained; None where there is none, or where it was damaged and is removed."""
+        return load_or_remove(self.run, self.run.block(index), trainer.abstract_trained, self.observer.on_damaged)
 
     def _load_scales(self) -> list[ChannelScales]:
         """Channel scales on disk, as many as process 0 sees."""

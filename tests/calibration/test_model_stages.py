@@ -2,13 +2,14 @@
 
 import dataclasses
 import shutil
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mobiquant_jax.calibration import model_stages
+from mobiquant_jax.calibration import BlockTrainer, model_stages
 from mobiquant_jax.calibration.channel_scales import fold, stack_scales
 from mobiquant_jax.calibration.distillation import Distiller
 from mobiquant_jax.calibration.routed_tuning import RoutedTrainer
@@ -252,13 +253,15 @@ def test_routers_that_were_tuned_keep_their_scores_and_all_slices_lie_in_tiers(
     assert lowered[0, 2] > 20
     np.testing.assert_allclose(lowered, np.tile(lowered[0], (len(lowered), 1)), rtol=1e-4, atol=1e-4)
     model = ElasticModel(config=run.config, elastic=elastic, variables=variables)
+    scores_of = jax.jit(partial(collect_scores, model))
     for border in (1, 2):
         before = UniformDepth(depth=jnp.array([border + 1]))
-        scores = collect_scores(model, variables, jnp.asarray(recorded[0]), before).values()
+        scores = scores_of(variables, jnp.asarray(recorded[0]), before).values()
         least, most = min(np.min(s[..., :border]) for s in scores), max(np.max(s[..., border]) for s in scores)
         assert least - most == pytest.approx(GAP, abs=1e-3)
 
     # A run that continues finds the thresholds, and after the last epoch needs no first routers.
+    monkeypatch.setattr(BlockTrainer, "embed", None)  # nor a stream, since all blocks are there
     seen["kept"].clear()
     run.run.save_thresholds(pairs + 1)
     again = run.calibrate(params, windows)

@@ -7,8 +7,8 @@ rows of ``results/slice_tuning.json``). On SmolLM2-135M it was better at 3 bits 
 by 1 %, against one tier up to 4 bits and one above, and with longer tuning of the slices and two more budgets beside 3
 (commits 0ec07c5 and 766e31a in ``results/candidates.json``).
 
-Scores of all linears and slices share one threshold, so each slice's are moved, all alike, until a gap lies between them
-and those before, in the model as it runs where the slice begins:
+Scores of all linears and slices share one threshold, so each slice's are moved, all alike, until a gap lies between
+them and those before, in the model as it runs where the slice begins:
 
     S_e -= max S_e - min_{j < e} S_j + GAP
 

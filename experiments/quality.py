@@ -53,6 +53,8 @@ def main(_: list[str]) -> None:
         raise ValueError(f"--batch_size={BATCH_SIZE.value} must be at least 1")
     if PNG.value and not Path(PNG.value).parent.is_dir():
         raise FileNotFoundError(f"--png={PNG.value}: no folder '{Path(PNG.value).parent}'")
+    if PNG.value and Path(PNG.value).is_dir():
+        raise ValueError(f"--png={PNG.value} is a folder")
     records = _read_runs([Path(folder) for folder in RUNS.value])
     results: Results | None = None
     texts: dict[str, np.ndarray] = {}

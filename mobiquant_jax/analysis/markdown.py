@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from mobiquant_jax.markdown import table_lines
 from mobiquant_jax.provenance import short_commit
 
 
@@ -18,10 +19,11 @@ def policies_table(numbers: dict[str, Any]) -> str:
         raise ValueError(f"no analysis: it lacks {', '.join(sorted(missing))}")
     rows = {(row["asked_bits"], row["name"]): row["perplexity"] for row in numbers["policies"]}
     names = list(dict.fromkeys(row["name"] for row in numbers["policies"]))
-    lines = [f"| average bits | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    for bits in dict.fromkeys(row["asked_bits"] for row in numbers["policies"]):
-        cells = [f"{rows[bits, name]:.2f}" if (bits, name) in rows else "-" for name in names]
-        lines.append(f"| {bits:g} | {' | '.join(cells)} |")
+    cells = [
+        [f"{bits:g}", *(f"{rows[bits, name]:.2f}" if (bits, name) in rows else "-" for name in names)]
+        for bits in dict.fromkeys(row["asked_bits"] for row in numbers["policies"])
+    ]
+    lines = table_lines(["average bits", *names], cells)
     origin = numbers["provenance"]
     lines += ["", f"`{origin['command']}` at {short_commit(origin['commit'])}: {numbers['windows']} windows of"]
     lines[-1] += f" {numbers['window_length']} tokens; {', '.join(origin['devices'])}; jax {origin['versions']['jax']}."

@@ -180,6 +180,14 @@ def test_channels_are_scaled_before_blocks_train_and_a_run_continues_with_the_sa
     ratio = given / norms / np.stack([one.mlp_norm for one in scales])  # a block's stub scales all it is given alike
     assert np.ptp(ratio, axis=1).max() < 1e-5 * ratio.max()
 
+    # Where all blocks are there but no scales, these are found again.
+    second.run.scales.unlink()
+    calibrator("run", recorder(), scale_width=3).calibrate(params, windows)
+    close = partial(np.testing.assert_allclose, rtol=1e-5)
+    again = second.run.load_scales()
+    jax.tree.map(lambda found, other: close(1.5 * found, other), again[0], moved[0])
+    jax.tree.map(close, again[1], scales[1])
+
 
 def test_activations_that_are_not_finite_are_named_and_leave_no_scales(recorder, calibrator, trained, params, windows):
     broken = params | {"embedder": jax.tree.map(lambda leaf: np.full_like(leaf, np.inf), params["embedder"])}

@@ -214,6 +214,8 @@ def test_a_run_killed_three_times_ends_with_the_same_checkpoint(finished, folder
     ):
         assert wanted.dtype == got.dtype and np.asarray(wanted).tobytes() == np.asarray(got).tobytes(), path
     assert (whole / "curve.json").read_text() == (run / "curve.json").read_text()
+    took = [json.loads((path / "result.json").read_text())["calibration_seconds"] for path in (whole, run)]
+    assert took[0] > 0 and took[1] is None  # of a run that was continued it is not known
     assert sorted(entry.name for entry in run.iterdir()) == sorted(entry.name for entry in whole.iterdir())
 
     # Nothing is left to do, and a recipe that differs is refused without touching the run.

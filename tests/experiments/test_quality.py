@@ -69,6 +69,8 @@ def test_a_picture_that_cannot_be_written_ends_it_before_anything_is_scored(runs
         2,
         f"error: --png={runs}/missing/rows.png: no folder '{runs}/missing'\n",
     )
+    result = score(f"--png={runs}")
+    assert (result.returncode, result.stderr) == (2, f"error: --png={runs} is a folder\n")
     assert not (runs / "rows.json").exists()
 
 

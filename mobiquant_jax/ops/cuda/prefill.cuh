@@ -7,8 +7,10 @@
 //     W = s v + s (2^(1 - 2 depth) - z / 64 - 512),   v = 512 + Q / 64,   Q the 8-bit code without the slices not read
 // At 256 tokens that is 28 issue slots a warp for 128 cycles of its tensor core.
 //
-// Warps 0-3 copy tokens' inputs, row by row through the permutation, into a ring of swizzled stages; two warpgroups of
-// consumers take 64 outputs each.
+// What bounds it is the second-level cache, so two thread blocks of a cluster, of neighbouring outputs, share a token
+// tile: each fetches half of every stage for both. `pack_kernel` has gathered the tokens by then, each stage of a tile as
+// the bytes that it is in shared memory, swizzled, so that one bulk copy brings half a stage. One thread issues the
+// copies; two warpgroups of consumers take 64 outputs each.
 #pragma once
 
 #include <type_traits>
@@ -23,10 +25,15 @@ constexpr int kItemTiles = 8;  // of 16 outputs: two warpgroups of four warps
 constexpr int kStages = 5;
 constexpr int kStageInputs = 64;
 constexpr int kStageBytes = kTileTokens * kStageInputs * 2;
-constexpr int kLag = 2;  // stages in flight between a copy and its arrival
+constexpr int kCluster = 2;  // thread blocks that share a token tile
 constexpr int kPrefillThreads = 384;
 constexpr int kPrefillShared = 1024 + kStages * kStageBytes + 2 * kTileTokens * 128;
 constexpr int kPlanThreads = 1024;
+constexpr int kPackThreads = 256;
+constexpr int kPackStages = 4;  // a warp copies 512 bytes of a token at a time
+
+// Rows of the packed tokens of a segment: each of the runs ends with a tile that is filled up to 64.
+__host__ __device__ inline int packed_rows(int tokens) { return tokens + kMaxSlices * 64; }
 
 struct PrefillArgs {
   Weights weights;
@@ -34,6 +41,7 @@ struct PrefillArgs {
   const __nv_bfloat16* x;  // [tokens, inputs]
   const int32_t* depth;    // [segments, tokens]
   int32_t* plan;           // see Plan
+  __nv_bfloat16* packed;   // [segments, packed_rows(tokens), 128 * blocks]: see `pack_kernel`
   void* out;               // [tokens, 16 * tiles]
   int tokens, inputs;
 };
@@ -41,7 +49,7 @@ struct PrefillArgs {
 // What `plan_kernel` writes: token tiles of each segment, the wide ones first, and each segment's tokens by depth.
 struct Plan {
   int* count;  // [segments, widths]: tiles of each width, widest first
-  int4* tile;  // [segments, most]: depth, first, tokens, 0
+  int4* tile;  // [segments, most]: depth, first, tokens, first packed row
   int* token;  // [segments, tokens]
   int most;
   __host__ __device__ Plan(int32_t* base, int tokens) : most(tokens / kTileTokens + kMaxSlices) {
@@ -92,7 +100,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constan
     plan.token[segment * args.tokens + position] = i;
   }
   if (threadIdx.x == 0) {
-    int count = 0;
+    int count = 0, row = 0;
     for (int width = kWidths; width > 0; --width) {
       const int before_width = count;
       for (int k = 0, first = 0; k < kMaxSlices; ++k) {
@@ -101,8 +109,9 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constan
         const int even = tiles ? ((run + tiles - 1) / tiles + 63) / 64 * 64 : 0;
         for (int done = 0; done < run; done += even) {
           const int size = min(even, run - done);
-          if ((size + 63) / 64 == width)
-            plan.tile[segment * plan.most + count++] = make_int4(k + 1, first + done, size, 0);
+          if ((size + 63) / 64 != width) continue;
+          plan.tile[segment * plan.most + count++] = make_int4(k + 1, first + done, size, row);
+          row += width * 64;
         }
         first += run;
       }
@@ -111,28 +120,54 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constan
   }
 }
 
-// One work item of this thread block; `tokens` is 0 past the last.
+// Copies tokens into the order of the plan: of a tile of r rows, a multiple of 64, stage after stage of r rows of 128
+// bytes, whose 16-byte chunks are swizzled. Rows and inputs that there are none of become zero.
+__global__ void __launch_bounds__(kPackThreads) pack_kernel(const __grid_constant__ PrefillArgs args) {
+  const Plan plan(args.plan, args.tokens);
+  const int segment = blockIdx.y, lane = threadIdx.x % 32;
+  int tiles = 0;
+#pragma unroll
+  for (int width = 0; width < kWidths; ++width) tiles += plan.count[segment * kWidths + width];
+  if (static_cast<int>(blockIdx.x) >= tiles) return;
+  const int4 tile = plan.tile[segment * plan.most + blockIdx.x];
+  const int stage = blockIdx.z * kPackStages + lane / 8, chunk = lane % 8, rows = (tile.z + 63) / 64 * 64;
+  const int padded = args.weights.blocks * kBlockInputs, input = stage * kStageInputs + chunk * 8;
+  if (input >= padded) return;
+  __nv_bfloat16* to = args.packed + static_cast<size_t>(segment * packed_rows(args.tokens) + tile.w) * padded +
+                      static_cast<size_t>(stage) * rows * kStageInputs;
+  const int* token = plan.token + segment * args.tokens + tile.y;
+  for (int row = threadIdx.x / 32; row < rows; row += kPackThreads / 32) {
+    uint4 value = make_uint4(0, 0, 0, 0);
+    if (row < tile.z && input < args.inputs)
+      value = __ldg(reinterpret_cast<const uint4*>(args.x + static_cast<size_t>(token[row]) * args.inputs + input));
+    *reinterpret_cast<uint4*>(to + row * kStageInputs + (chunk ^ (row & 7)) * 8) = value;
+  }
+}
+
+// One work item of this thread block; `tokens` is 0 past the last. Both blocks of a cluster have the same but for `tile`.
 struct PrefillItem {
-  int segment, depth, first, tokens, tile, end_tile;
+  int segment, depth, first, tokens, row, tile, end_tile;
 };
 
 // Items in order of falling width; within one width and segment the token tiles of one set of weights are neighbours.
-__device__ __forceinline__ PrefillItem prefill_item(const PrefillArgs& args, const Plan& plan, int index) {
+__device__ __forceinline__ PrefillItem prefill_item(const PrefillArgs& args, const Plan& plan, int index, int rank) {
+  constexpr int kShared = kCluster * kItemTiles;
   for (int width = 0; width < kWidths; ++width) {
     for (int segment = 0; segment < args.segments.count; ++segment) {
       const int begin = segment > 0 ? args.segments.ends[segment - 1] : 0, end = args.segments.ends[segment];
       const int* counts = plan.count + segment * kWidths;
-      const int count = counts[width], items = (end - begin + kItemTiles - 1) / kItemTiles * count;
+      const int count = counts[width], items = (end - begin + kShared - 1) / kShared * count;
       if (index < items) {
         int tile_index = segment * plan.most + index % count;
         for (int w = 0; w < width; ++w) tile_index += counts[w];
         const int4 tile = plan.tile[tile_index];
-        return {segment, tile.x, tile.y, tile.z, begin + index / count * kItemTiles, end};
+        const int first_tile = begin + index / count * kShared + rank * kItemTiles;
+        return {segment, tile.x, tile.y, tile.z, tile.w, first_tile, end};
       }
       index -= items;
     }
   }
-  return {0, 0, 0, 0, 0, 0};
+  return {0, 0, 0, 0, 0, 0, 0};
 }
 
 struct Ring {
@@ -227,7 +262,7 @@ __device__ __forceinline__ void consume(const PrefillArgs& args, const Plan& pla
       if constexpr (U % 2) wgmma_n64(acc[U - 1], a[j & 1], b + (U - 1) * (64 * 128 / 16), accumulate);
       wgmma_commit();
       wgmma_wait<1>();  // instruction j - 1 is done: its A registers and, at a boundary, its stage are free
-      if (j % 4 == 0 && previous >= 0 && lane == 0) barrier_arrive(empty + previous * 8);
+      if (j % 4 == 0 && previous >= 0 && lane < kCluster) barrier_arrive_at(empty + previous * 8, lane);
       if (j % 4 == 3) {
         previous = ring.stage;
         ring.advance();
@@ -237,7 +272,7 @@ __device__ __forceinline__ void consume(const PrefillArgs& args, const Plan& pla
   wgmma_wait<0>();
 #pragma unroll
   for (int u = 0; u < U; ++u) wgmma_keep(acc[u]);
-  if (lane == 0) barrier_arrive(empty + previous * 8);
+  if (lane < kCluster) barrier_arrive_at(empty + previous * 8, lane);
 
   const int outputs = args.weights.tiles * kTileOutputs;
   const int* token = plan.token + item.segment * args.tokens + item.first;
@@ -285,63 +320,51 @@ __global__ void __launch_bounds__(kPrefillThreads, 1) prefill_kernel(const __gri
   extern __shared__ __align__(1024) unsigned char shared[];
   const uint32_t full = shared_address(shared), empty = full + kStages * 8, stages = full + 1024;
   const uint32_t staging = stages + kStages * kStageBytes;
+  const int rank = blockIdx.x % kCluster, step = gridDim.x / kCluster;
   if (threadIdx.x == 0) {
     for (int s = 0; s < kStages; ++s) {
-      barrier_init(full + s * 8, 128);
-      barrier_init(empty + s * 8, 8);
+      barrier_init(full + s * 8, 1);
+      barrier_init(empty + s * 8, 8 * kCluster);  // each consumer's warp, of both blocks
     }
     barrier_init_fence();
   }
-  __syncthreads();
+  __syncwarp();
+  cluster_arrive();
+  cluster_wait();
   const Plan plan(args.plan, args.tokens);
   Ring ring{0, 0};
 
   if (threadIdx.x < 128) {
     give_registers<40>();
-    const int row = threadIdx.x / 8, chunk = threadIdx.x % 8;
-    const uint32_t to = stages + row * 128 + (chunk ^ (row & 7)) * 16;
-    int issued = 0;
-    Ring landed{0, 0};
-    for (int index = blockIdx.x;; index += gridDim.x) {
-      const PrefillItem item = prefill_item(args, plan, index);
-      if (item.tokens == 0) break;
-      const int* token = plan.token + item.segment * args.tokens + item.first;
-      uint32_t offset[kTileTokens / 16];
-#pragma unroll
-      for (int i = 0; i < kTileTokens / 16; ++i)
-        offset[i] = static_cast<uint32_t>(token[min(row + 16 * i, item.tokens - 1)]) * args.inputs + chunk * 8;
-      for (int input = 0; input < args.weights.blocks * kBlockInputs; input += kStageInputs) {
-        barrier_wait(empty + ring.stage * 8, ring.parity ^ 1);
-        const bool valid = input + chunk * 8 < args.inputs;
-        const __nv_bfloat16* from = args.x + (valid ? input : 0);
-#pragma unroll
-        for (int i = 0; i < kTileTokens / 16; ++i)
-          if (16 * i < item.tokens)
-            copy_async16_or_zero(to + ring.stage * kStageBytes + i * 2048, from + offset[i], valid);
-        copy_async_commit();
-        ring.advance();
-        if (++issued > kLag) {
-          copy_async_wait<kLag>();
-          fence_shared_to_async();
-          barrier_arrive(full + landed.stage * 8);
-          landed.advance();
+    if (threadIdx.x == 0) {
+      const int padded = args.weights.blocks * kBlockInputs;
+      for (int index = blockIdx.x / kCluster;; index += step) {
+        const PrefillItem item = prefill_item(args, plan, index, rank);
+        if (item.tokens == 0) break;
+        const int rows = (item.tokens + 63) / 64 * 64, bytes = rows * kStageInputs * 2, half = bytes / kCluster;
+        const __nv_bfloat16* tile =
+            args.packed + static_cast<size_t>(item.segment * packed_rows(args.tokens) + item.row) * padded;
+        const char* from = reinterpret_cast<const char*>(tile) + rank * half;
+        for (int input = 0; input < padded; input += kStageInputs, from += bytes) {
+          barrier_wait(empty + ring.stage * 8, ring.parity ^ 1);
+          barrier_expect(full + ring.stage * 8, bytes);
+          copy_bulk_multicast(stages + ring.stage * kStageBytes + rank * half, from, half, full + ring.stage * 8,
+                              (1 << kCluster) - 1);
+          ring.advance();
         }
       }
     }
-    copy_async_wait<0>();
-    fence_shared_to_async();
-    for (; landed.stage != ring.stage; landed.advance()) barrier_arrive(full + landed.stage * 8);
   } else {
     take_registers<232>();
     const int warp = threadIdx.x / 32 - 4, lane = threadIdx.x % 32;
     const size_t layer = args.weights.which_layer();
-    PrefillItem item = prefill_item(args, plan, blockIdx.x);
+    int index = blockIdx.x / kCluster;
+    PrefillItem item = prefill_item(args, plan, index, rank);
     RawBlock<GB> raw;
     if (item.tokens > 0) load_raw(raw, args, layer, item, warp, lane, 0);
-    int index = blockIdx.x;
     const auto run = [&](auto width) {
       while (item.tokens > 64 * (width.value - 1)) {
-        const PrefillItem following = prefill_item(args, plan, index += gridDim.x);
+        const PrefillItem following = prefill_item(args, plan, index += step, rank);
         consume<GB, width.value, Out>(args, plan, layer, item, following, raw, ring, stages, full, empty, staging);
         item = following;
       }
@@ -351,6 +374,9 @@ __global__ void __launch_bounds__(kPrefillThreads, 1) prefill_kernel(const __gri
     run(std::integral_constant<int, 2>());
     run(std::integral_constant<int, 1>());
   }
+  __syncwarp();
+  cluster_arrive();  // the other block still writes here and counts here
+  cluster_wait();
 }
 
 }  // namespace mobiquant

@@ -23,17 +23,21 @@ ffi::Error decode(cudaStream_t stream, Halves x, Integers depth, Integers layer,
 
 template <typename Out>
 ffi::Error launch_prefill(cudaStream_t stream, const PrefillArgs& args) {
-  const auto kernel = prefill_kernel<kGroups, Out>;
-  if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kPrefillShared))
-    return check(error, "sliced_matmul");
   plan_kernel<<<args.segments.count, kPlanThreads, 0, stream>>>(args);
-  kernel<<<processors(), kPrefillThreads, kPrefillShared, stream>>>(args);
-  return check(cudaGetLastError(), "sliced_matmul");
+  const int stages = args.weights.blocks * kBlockInputs / kStageInputs;
+  const dim3 grid(args.tokens / kTileTokens + kMaxSlices, args.segments.count, (stages + kPackStages - 1) / kPackStages);
+  pack_kernel<<<grid, kPackThreads, 0, stream>>>(args);
+  if (cudaError_t error = cudaGetLastError()) return check(error, "sliced_matmul");
+  const int blocks = processors() / kCluster * kCluster;
+  return check(launch(prefill_kernel<kGroups, Out>, dim3(blocks), kPrefillThreads, kPrefillShared, stream, kCluster,
+                      false, args),
+               "sliced_matmul");
 }
 
 ffi::Error prefill(cudaStream_t stream, Halves x, Integers depth,
                    Integers layer, Words affine, Words plane1, Words plane2, Words plane3, Words plane4,
-                   ffi::Result<ffi::AnyBuffer> out, ffi::Result<Integers> plan, ffi::Span<const int64_t> ends,
+                   ffi::Result<ffi::AnyBuffer> out, ffi::Result<Integers> plan, ffi::Result<Halves> packed,
+                   ffi::Span<const int64_t> ends,
                    int64_t version) {
   PrefillArgs args{};
   const Words* const planes[kMaxSlices] = {&plane1, &plane2, &plane3, &plane4};
@@ -43,12 +47,16 @@ ffi::Error prefill(cudaStream_t stream, Halves x, Integers depth,
   args.x = bf16(x);
   args.depth = depth.typed_data();
   args.plan = plan->typed_data();
+  args.packed = reinterpret_cast<__nv_bfloat16*>(packed->typed_data());
   args.out = out->untyped_data();
   args.tokens = static_cast<int>(x.dimensions()[0]);
   args.inputs = static_cast<int>(x.dimensions()[1]);
   if (static_cast<int64_t>(plan->element_count()) < Plan::ints(args.tokens))
     return ffi::Error::InvalidArgument("sliced_matmul: the plan of " + std::to_string(args.tokens) + " tokens needs " +
                                        std::to_string(Plan::ints(args.tokens)) + " integers");
+  const int64_t elements = static_cast<int64_t>(args.segments.count) * packed_rows(args.tokens) * args.weights.blocks * kBlockInputs;
+  if (static_cast<int64_t>(packed->element_count()) < elements)
+    return ffi::Error::InvalidArgument("sliced_matmul: the packed tokens need " + std::to_string(elements) + " elements");
   return out->element_type() == ffi::F32 ? launch_prefill<float>(stream, args)
                                          : launch_prefill<__nv_bfloat16>(stream, args);
 }
@@ -80,6 +88,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(SlicedMatmulPrefill, mobiquant::prefill,
                               mobiquant::inputs()
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::BF16>>()
                                   .Attr<ffi::Span<const int64_t>>("ends")
                                   .Attr<int64_t>("version"),
                               {ffi::Traits::kCmdBufferCompatible});

@@ -62,7 +62,8 @@ def sliced_matmul(
         exact = dtype if dtype == jnp.bfloat16 else jnp.float32
         out = jax.ShapeDtypeStruct((tokens, outputs), exact)
         plan = jax.ShapeDtypeStruct((plan_integers(tokens),), jnp.int32)
-        y, _ = jax.ffi.ffi_call(targets["prefill"], (out, plan))(*operands, **attributes)
+        packed = jax.ShapeDtypeStruct(packed_shape(x, weight), jnp.bfloat16)
+        y, _, _ = jax.ffi.ffi_call(targets["prefill"], (out, plan, packed))(*operands, **attributes)
         y = y.astype(dtype)
     return _without_padding(y, weight)
 
@@ -97,6 +98,11 @@ def plan_integers(tokens: int) -> int:
     """Size of the prefill kernel's table of token tiles: ``Plan::ints`` of cuda/prefill.cuh."""
     tiles = tokens // _TILE_TOKENS + 4
     return _MOST_SEGMENTS * (4 * tiles + _WIDTHS + tokens)
+
+
+def packed_shape(x: Float[Array, "N in"], weight: TiledWeight) -> tuple[int, int, int]:
+    """Of the prefill kernel's tokens in their order by depth, for each linear: ``packed_rows`` of cuda/prefill.cuh."""
+    return len(weight.segments), x.shape[0] + 4 * 64, weight.planes[0].shape[2] * BLOCK_INPUTS
 
 
 @functools.cache

@@ -41,7 +41,7 @@ class TabledLinear(nn.Module):
             return sliced_matmul(x.astype(self.dtype), weight, depth).astype(self.dtype)
         # One read: those of all depths would cost as much as the matmul of a short window.
         reads = [partial(weight.dequantize, k) for k in range(1, len(self.elastic.slice_bits) + 1)]
-        return project(x.astype(self.dtype), jax.lax.switch(depth - 1, reads)).astype(self.dtype)
+        return project(x.astype(self.dtype), jax.lax.switch(depth - 1, reads), self.dtype)
 
 
 def forward_at(

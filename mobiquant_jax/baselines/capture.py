@@ -86,7 +86,7 @@ class MomentsLinear(nn.Module):
         """``x @ kernel``."""
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), jnp.float32)
         self.sow("moments", "inputs", moments(x.astype(jnp.float32), self.weighting))
-        return project(x.astype(self.dtype), kernel).astype(self.dtype)
+        return project(x.astype(self.dtype), kernel, self.dtype)
 
 
 def moments(x: Float[Array, "B T in"], weighting: TokenWeighting) -> Moments:

@@ -163,4 +163,4 @@ class _Recorded(nn.Module):
         del control
         self.sow("moments", "square", jnp.mean(jnp.square(x.astype(jnp.float32)), axis=(0, 1)))
         kernel = self.param("kernel", nn.initializers.zeros, (x.shape[-1], self.features))
-        return project(x.astype(self.dtype), kernel).astype(self.dtype)
+        return project(x.astype(self.dtype), kernel, self.dtype)

@@ -48,7 +48,7 @@ class NestedLinear(nn.Module):
         """``y = x @ W_width`` with straight-through gradients."""
         kernel, clipping = _kernel(self, x.shape[-1])
         fake = fake_quantize(kernel, clipping, control.width)
-        return project(x.astype(self.dtype), fake).astype(self.dtype)
+        return project(x.astype(self.dtype), fake, self.dtype)
 
 
 class RoutedLinear(nn.Module):
@@ -87,8 +87,7 @@ class RoutedLinear(nn.Module):
         every = jnp.concatenate([jnp.ones_like(masks[..., :1]), masks], axis=-1).astype(self.dtype)  # [B, T, E]
         masked = every[..., None] * x.astype(self.dtype)[..., None, :]  # [B, T, E, in]
         # Two contracted dimensions, not one of their product: a mesh splits the inputs.
-        y = jnp.einsum("btei,eio->bto", masked, residuals.astype(self.dtype), preferred_element_type=jnp.float32)
-        return y.astype(self.dtype)
+        return jnp.einsum("btei,eio->bto", masked, residuals.astype(self.dtype), preferred_element_type=self.dtype)
 
 
 def _kernel(module: "NestedLinear | RoutedLinear", in_features: int) -> tuple[Float[Array, "in out"], Clipping]:

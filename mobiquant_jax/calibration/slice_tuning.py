@@ -64,7 +64,7 @@ class PositionLinear(nn.Module):
         position = self.param("position", nn.initializers.zeros, (x.shape[-1], self.features))
         scale = jax.lax.stop_gradient(self.param("scale", nn.initializers.ones, groups))
         zero = jax.lax.stop_gradient(self.param("zero", nn.initializers.zeros, groups))
-        return project(x.astype(self.dtype), read_position(position, scale, zero, control.width)).astype(self.dtype)
+        return project(x.astype(self.dtype), read_position(position, scale, zero, control.width), self.dtype)
 
 
 def positions(layers: Params, weights: Params, final_width: int) -> Params:

@@ -175,7 +175,9 @@ def collect_scores(model: ElasticModel, variables: Variables, tokens: Int[Array,
 
 def _scores(model: ElasticModel, variables: Variables, tokens: Int[Array, "n T"], policy: Policy) -> Scores:
     """The same of one batch, ``[L, n, T, E-1]``."""
-    with jax.default_matmul_precision("float32"):  # as perplexity is measured: a rounded score is another depth
+    # Float32, in which perplexity is measured, takes a GPU three times as long: 73 ms a window of 2048 tokens, not 26
+    # (SmolLM2-135M, one H200). Inputs are rounded to 11 bits; thresholds are quantiles over a whole text.
+    with jax.default_matmul_precision("tensorfloat32"):
         _, state = model.module.apply(variables, tokens, policy, mutable=["scores"])
     return {
         path: state["scores"]["layers"][path.split("/")[0]][path.split("/")[1]]["scores"][0]

@@ -9,17 +9,20 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 
-def project(x: Float[Array, "*batch in"], kernel: Float[Array, "in out"]) -> Float[Array, "*batch out"]:
+def project(
+    x: Float[Array, "*batch in"], kernel: Float[Array, "in out"], dtype: DTypeLike = jnp.float32
+) -> Float[Array, "*batch out"]:
     """Multiply by a kernel, accumulating in float32.
 
     Args:
         x: Inputs; their dtype is the dtype of the multiplication.
         kernel: Weights in Flax layout.
+        dtype: Of the result, and of the gradient that the products of the backward pass meet.
 
     Returns:
-        ``x @ kernel`` in float32.
+        ``x @ kernel``.
     """
-    return jnp.einsum("...i,io->...o", x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+    return jnp.einsum("...i,io->...o", x, kernel.astype(x.dtype), preferred_element_type=dtype)
 
 
 def rms_norm(x: Float[Array, "*batch D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*batch D"]:
@@ -79,7 +82,7 @@ class DenseLinear(nn.Module):
             ``x @ kernel``.
         """
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), jnp.float32)
-        return project(x.astype(self.dtype), kernel).astype(self.dtype)
+        return project(x.astype(self.dtype), kernel, self.dtype)
 
 
 class RMSNorm(nn.Module):

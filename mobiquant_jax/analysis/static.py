@@ -5,20 +5,22 @@ The loss of an allocation is taken to be the sum of what each linear alone adds,
     loss(k_1, ..., k_n) ~ sum_l increase_l(k_l)         sum_l size_l bits(k_l) <= B sum_l size_l
 
 which a knapsack minimizes exactly. What a linear adds depends on the depths of all others, so it is measured around two
-bases; the allocations of each, of both together, and a uniform depth are tried on other text, and the best one is kept.
+bases; the allocations of each and of both together are tried on other text, and so is what no sum of single linears can
+find: a uniform depth, and two depths of which all layers read the deeper one in the same linears (all of their down
+projections, say). The best one is kept.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, combinations
+from itertools import chain, combinations, product
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from mobiquant_jax.analysis.divergence import divergence_step
 from mobiquant_jax.analysis.knapsack import knapsack
-from mobiquant_jax.analysis.linears import elastic_config, linear_sizes
+from mobiquant_jax.analysis.linears import elastic_config, linear_shares, linear_sizes
 from mobiquant_jax.analysis.sensitivity import Increases
 from mobiquant_jax.models.elastic import ElasticModel
 from mobiquant_jax.quant import widths
@@ -72,9 +74,9 @@ def allocate(
 
 
 def candidates(model: ElasticModel, measured: Sequence[Increases], bits: float) -> Iterator[Allocation]:
-    """Allocations within a budget: of each sum of what was measured, and the deepest uniform one.
+    """Allocations within a budget: of each sum of what was measured, by kind of linear, and the deepest uniform one.
 
-    The uniform one wins where the sum's neglect of what linears do together costs more than it finds.
+    The last ones win where the sum's neglect of what linears do together costs more than it finds.
     """
     bits_at = widths(elastic_config(model).slice_bits)
     sizes = np.tile(linear_sizes(model.config), model.config.num_hidden_layers)
@@ -82,5 +84,28 @@ def candidates(model: ElasticModel, measured: Sequence[Increases], bits: float) 
         total = np.sum(some, axis=0)  # [L, N, E]
         table = knapsack(total.reshape(len(sizes), -1), sizes, bits_at, bits).reshape(total.shape[:-1])
         yield Allocation(table=table, increases=total)
+    shape = measured[0].shape[:-1]
+    for depths in depths_by_kind(linear_shares(model.config), bits_at, bits):
+        yield Allocation(table=np.broadcast_to(depths, shape), increases=measured[0])
     depth = np.searchsorted(bits_at, bits, side="right")
-    yield Allocation(table=np.full(measured[0].shape[:-1], depth), increases=measured[0])
+    yield Allocation(table=np.full(shape, depth), increases=measured[0])
+
+
+def depths_by_kind(
+    shares: Float[np.ndarray, " N"], bits_at: tuple[int, ...], bits: float
+) -> Iterator[Int[np.ndarray, " N"]]:
+    """A depth for each kind of linear, the same in all layers: one of two, the deeper for as many as the budget allows.
+
+    Args:
+        shares: of each kind in the parameters.
+        bits_at: bits at each depth, rising.
+        bits: the budget. Of the depths, which differ by one or two, one lies within it and one beyond.
+    """
+    subsets = np.array(list(product((0, 1), repeat=len(shares))))  # [2^N, N]
+    for low, high in combinations(range(len(bits_at)), 2):
+        if high - low > 2 or not bits_at[low] <= bits < bits_at[high]:
+            continue
+        left = (bits + 1e-6 - bits_at[low]) / (bits_at[high] - bits_at[low]) - subsets @ shares
+        full = left < np.where(subsets, np.inf, shares).min(axis=1)  # no other kind fits
+        for deeper in subsets[(left >= 0) & full & subsets.any(axis=1)]:
+            yield np.where(deeper, high + 1, low + 1)

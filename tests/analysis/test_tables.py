@@ -11,7 +11,7 @@ from mobiquant_jax.analysis.depth_table import forward_at, table_bits
 from mobiquant_jax.analysis.knapsack import knapsack
 from mobiquant_jax.analysis.markdown import policies_table
 from mobiquant_jax.analysis.sensitivity import Sensitivity
-from mobiquant_jax.analysis.static import allocate, base_depths, candidates
+from mobiquant_jax.analysis.static import allocate, base_depths, candidates, depths_by_kind
 from mobiquant_jax.routing import RandomDepth
 
 BITS = (2, 4, 8)
@@ -89,11 +89,31 @@ def test_the_best_candidate_is_chosen(model, tokens, divergence):
     np.testing.assert_array_equal(list(candidates(model, measured, 8.0))[-1].table, 2)
     for bits, allocation in zip(budgets, found, strict=True):
         tried = [candidate.table for candidate in candidates(model, measured, bits)]
-        assert len(tried) == 4 and np.all(tried[-1] == 1)
+        assert len(tried) > 4 and np.all(tried[-1] == 1)
         assert all(float(table_bits(model, jnp.asarray(table))) <= bits + 1e-5 for table in tried)
         losses = [np.mean([divergence(table, window[None]) for window in tokens]) for table in tried]
         assert allocation.divergence == pytest.approx(min(losses), abs=1e-5)
         np.testing.assert_array_equal(allocation.table, tried[int(np.argmin(losses))])
+
+
+def test_two_depths_by_kind_of_linear_fill_the_budget():
+    """Against every choice of depths: those of two depths around the budget that no other kind's slice fits into."""
+    rng = np.random.default_rng(62)
+    shares = rng.integers(1, 6, 4).astype(float)
+    shares /= shares.sum()
+    bits_at = (2, 3, 4, 8)
+    for bits in (2.6, 3.0, 4.7):
+        found = {tuple(depths) for depths in depths_by_kind(shares, bits_at, bits)}
+        expected = set()
+        for depths in itertools.product(range(1, 5), repeat=4):
+            low, high = min(depths), max(depths)
+            used = float(np.asarray(bits_at)[np.asarray(depths) - 1] @ shares)
+            step = bits_at[high - 1] - bits_at[low - 1]
+            more = [step * share for share, depth in zip(shares, depths, strict=True) if depth == low]
+            around = len(set(depths)) == 2 and high - low <= 2 and bits_at[low - 1] <= bits < bits_at[high - 1]
+            if around and used <= bits + 1e-9 and all(used + extra > bits + 1e-9 for extra in more):
+                expected.add(depths)
+        assert found == expected and found
 
 
 def test_policies_as_markdown():

@@ -52,6 +52,7 @@ class CalibrationConfig:
         routed_penalty: lambda of its budget penalty, ``lambda (B - B*)^2``.
         fine_above: bits of a code that these two stages train, at budgets of up to so many only; then the slices
             beyond start from the unquantized weights. With 8 all slices are trained together.
+        fine_tuned_attention: whether those of the attention start from its tuned weights instead; see `slice_tuning`.
         slice_epochs: epochs of tuning each slice alone after them, from the second on, the coarser ones final; see
             `slice_tuning`. Batches, windows and saves, here and for the finer slices, are as in end-to-end tuning; the
             weights before it stay in memory until the last slice starts.
@@ -106,6 +107,7 @@ class CalibrationConfig:
     routed_router_lr: float = 2e-3
     routed_penalty: float = 20.0
     fine_above: int = CODE_BITS
+    fine_tuned_attention: bool = False
     slice_epochs: int = 0
     slice_lr: float = 0.002
     fine_epochs: int = 0
@@ -175,6 +177,11 @@ class CalibrationConfig:
             raise ValueError(f"calibration.fine_above={self.fine_above} exceeds the {CODE_BITS} bits of a code")
         if self.fine_epochs > 0 and not self.has_finer_slices:
             raise ValueError(f"calibration.fine_epochs={self.fine_epochs} needs fine_above below {CODE_BITS}")
+        if self.fine_tuned_attention and not (self.has_finer_slices and self.distils_coarse):
+            raise ValueError(
+                "calibration.fine_tuned_attention=True needs end_epochs or routed_epochs, and fine_above below"
+                f" {CODE_BITS}"
+            )
         if not 0 <= self.end_generated_share <= 1:
             raise ValueError(f"calibration.end_generated_share={self.end_generated_share} is outside 0..1")
         if not self.temperature > 0:

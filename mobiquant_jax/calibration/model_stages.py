@@ -87,13 +87,17 @@ class ModelStages:
             dtype=jnp.dtype(cal.dtype),
             mesh=self.mesh,
         )
-        layers = self._tune_coarse(trained, common, dense) if cal.distils_coarse else packed()
+        layers, tuned = self._tune_coarse(trained, common, dense) if cal.distils_coarse else (packed(), {})
         if cal.has_finer_slices:
             finer = tuple(width for width in widths(self.elastic.slice_bits) if width > cal.fine_above)
             fine = SliceTuner(
                 **common, final_width=cal.fine_above, reads=finer, epochs=cal.fine_epochs, rate=cal.fine_lr
             )
-            layers = self._tune_slices(fine, layers, scaled, dense, FINE, "finer slices")
+
+            def weights() -> Params:
+                return scaled() | {part: tuned.pop(part) for part in tuple(tuned)}  # not kept while they train
+
+            layers, _ = self._tune_slices(fine, layers, weights, dense, FINE, "finer slices")
         return layers
 
     def finish(self, around: Params, layers: Params) -> Variables:
@@ -114,8 +118,13 @@ class ModelStages:
         """Of how many slices, from the second on, routed tuning has trained the scores."""
         return self.calibration.tuned_scores(self.elastic.slice_bits)
 
-    def _tune_coarse(self, trained: Callable[[], Params], common: dict[str, Any], dense: Params) -> Params:
-        """The packed layers after tuning at uniform widths, then routed, and then each slice alone."""
+    def _tune_coarse(
+        self, trained: Callable[[], Params], common: dict[str, Any], dense: Params
+    ) -> tuple[Params, Params]:
+        """The packed layers after tuning at uniform widths, then routed, and then each slice alone.
+
+        Also the weights, as they were tuned, that finer slices start from.
+        """
         cal = self.calibration
         tuner = EndToEndTrainer(**common)
 
@@ -124,16 +133,18 @@ class ModelStages:
 
         tuned = [self._tune_routed(common, uniform, tuner, dense) if cal.routed_epochs else uniform()]
         layers = tuner.pack(tuned[0])
-        if cal.slice_epochs:
-            coarse = widths(self.elastic.slice_bits)[: cal.coarse_depth(self.elastic.slice_bits)]
-            for final, width in pairwise(coarse):
-                rate = cal.slice_lr * 2 ** (CODE_BITS - width)
-                alone = SliceTuner(**common, final_width=final, reads=(width,), epochs=cal.slice_epochs, rate=rate)
-                stage, title = f"{SLICE}/{width}", f"slice to {width} bits"
-                # Not kept in memory while the last one trains.
-                weights = partial(tuned.pop if width == coarse[-1] else tuned.__getitem__, 0)
-                layers = self._tune_slices(alone, layers, weights, dense, stage, title)
-        return layers
+        if not cal.slice_epochs:
+            return layers, {"attention": tuned[0]["attention"]} if cal.fine_tuned_attention else {}
+        left: Params = {}
+        coarse = widths(self.elastic.slice_bits)[: cal.coarse_depth(self.elastic.slice_bits)]
+        for final, width in pairwise(coarse):
+            rate = cal.slice_lr * 2 ** (CODE_BITS - width)
+            alone = SliceTuner(**common, final_width=final, reads=(width,), epochs=cal.slice_epochs, rate=rate)
+            stage, title = f"{SLICE}/{width}", f"slice to {width} bits"
+            # Not kept in memory while the last one trains.
+            weights = partial(tuned.pop if width == coarse[-1] else tuned.__getitem__, 0)
+            layers, left = self._tune_slices(alone, layers, weights, dense, stage, title)
+        return layers, left
 
     def _tune_slices(
         self,
@@ -143,10 +154,11 @@ class ModelStages:
         dense: Params,
         stage: str,
         title: str,
-    ) -> Params:
-        """The packed layers after a stage that starts from ``weights()``."""
+    ) -> tuple[Params, Params]:
+        """The packed layers after a stage that starts from ``weights()``; the weights that finer slices start from."""
         tuned = self._distil(tuner, lambda: tuner.begin(layers, weights()), dense, stage, title, tuner.epochs)
-        return layers | {"slices": tuner.slices(tuned)}
+        left = {"attention": tuner.kernels(tuned["attention"])} if self.calibration.fine_tuned_attention else {}
+        return layers | {"slices": tuner.slices(tuned)}, left
 
     def _tune_routed(
         self, common: dict[str, Any], uniform: Callable[[], Params], tuner: EndToEndTrainer, dense: Params

@@ -1,7 +1,7 @@
 """Nested quantization: pure functions from float kernels to 2-bit slices and back."""
 
 from mobiquant_jax.quant.clipping import Clipping, limits, unclipped_limits
-from mobiquant_jax.quant.fake_quant import LAST_POSITION, fake_quantize, grid_position, read_position
+from mobiquant_jax.quant.fake_quant import LAST_POSITION, fake_quantize, grid_position, read_position, weight_at
 from mobiquant_jax.quant.grid import CODE_BITS, check_group_size, decode, encode, scale_and_zero
 from mobiquant_jax.quant.slices import (
     LAYOUT_VERSION,
@@ -38,5 +38,6 @@ __all__ = [
     "slice_codes",
     "unclipped_limits",
     "unpack",
+    "weight_at",
     "widths",
 ]

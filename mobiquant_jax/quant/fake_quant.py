@@ -57,5 +57,12 @@ def read_position(
     """
     bin_size = jnp.exp2(jnp.asarray(CODE_BITS - width, jnp.float32))
     midpoint = (jnp.floor(position / bin_size) + 0.5) * bin_size
-    read = group(position + jax.lax.stop_gradient(midpoint - position), position.shape[0] // scale.shape[0])
-    return (scale[:, None] / FINE_STEPS * (read - zero[:, None])).reshape(position.shape)
+    return weight_at(position + jax.lax.stop_gradient(midpoint - position), scale, zero)
+
+
+def weight_at(
+    position: Float[Array, "in out"], scale: Float[Array, "groups out"], zero: Float[Array, "groups out"]
+) -> Float[Array, "in out"]:
+    """The weight that lies at a position on its group's grid, ``s (p - z) / 64``: undoes `grid_position`."""
+    grouped = group(position, position.shape[0] // scale.shape[0])
+    return (scale[:, None] / FINE_STEPS * (grouped - zero[:, None])).reshape(position.shape)

@@ -51,6 +51,13 @@ from mobiquant_jax.calibration.config import Stage, stages
         (dict(fine_epochs=-1), "calibration.fine_epochs=-1 must be finite and not negative"),
         (dict(recipe="paper", fine_above=4), "calibration.fine_above=4: the recipe 'paper' trains all slices together"),
         (dict(fine_epochs=2), "calibration.fine_epochs=2 needs fine_above below 8"),
+        *(
+            (
+                dict(fine_tuned_attention=True, **alone),
+                "calibration.fine_tuned_attention=True needs end_epochs or routed_epochs, and fine_above below 8",
+            )
+            for alone in (dict(fine_above=4), dict(end_epochs=1))
+        ),
         (dict(fine_above=9), "calibration.fine_above=9 exceeds the 8 bits of a code"),
         (dict(scale_width=1), "calibration.scale_width=1 is neither 0 nor a width from 2 to 8"),
         (dict(recipe="paper", scale_width=3), "calibration.scale_width=3: the recipe 'paper' scales no channels"),

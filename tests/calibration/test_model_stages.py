@@ -83,23 +83,21 @@ def test_a_run_ends_with_the_finer_slices(
     changes = dict(budgets=(4.0, 8.0), end_epochs=end_epochs, end_generated_windows=4)
     without = calibrator("without", recorder(), **changes).calibrate(params, windows)
     found = calibrator("with", recorder(), fine_above=4, fine_epochs=fine_epochs, **changes).calibrate(params, windows)
-    before, after = (
-        np.asarray(jax.vmap(SlicedWeight.codes)(variables["slices"]["layers"]["mlp"]["up_proj"]["weight"]), np.int32)
-        for variables in (without, found)
-    )
     assert len(asked) == bool(end_epochs) + bool(end_epochs or fine_epochs)  # text is written where something reads it
-    weight = without["slices"]["layers"]["mlp"]["up_proj"]["weight"]
-    kernel = np.asarray(params["layers"]["mlp"]["up_proj"]["kernel"], np.float64)
-    scale, zero = (
-        np.repeat(np.asarray(limits, np.float64), kernel.shape[1] // limits.shape[1], axis=1)
-        for limits in (weight.scale, weight.zero)
-    )
-    low = before // 16 * 16
-    position = np.clip(np.clip(64 * kernel / scale + zero, low, low + 15.99) + 3 * fine_epochs, low, low + 15.99)
-    from_edge = np.abs(position - np.round(position))
-    unsure = (0 < from_edge) & (from_edge < 1e-3)  # float32 may round to the other code
-    np.testing.assert_array_equal(after[~unsure], np.floor(position)[~unsure])
-    assert np.mean(unsure) < 0.02 and np.any(after != before)
+    for part, name in (("mlp", "up_proj"), ("attention", "q_proj")):
+        weight, other = (variables["slices"]["layers"][part][name]["weight"] for variables in (without, found))
+        before, after = (np.asarray(jax.vmap(SlicedWeight.codes)(codes), np.int32) for codes in (weight, other))
+        kernel = np.asarray(params["layers"][part][name]["kernel"], np.float64)
+        scale, zero = (
+            np.repeat(np.asarray(limits, np.float64), kernel.shape[1] // limits.shape[1], axis=1)
+            for limits in (weight.scale, weight.zero)
+        )
+        low = before // 16 * 16
+        position = np.clip(np.clip(64 * kernel / scale + zero, low, low + 15.99) + 3 * fine_epochs, low, low + 15.99)
+        from_edge = np.abs(position - np.round(position))
+        unsure = (0 < from_edge) & (from_edge < 1e-3)  # float32 may round to the other code
+        np.testing.assert_array_equal(after[~unsure], np.floor(position)[~unsure])
+        assert np.mean(unsure) < 0.02 and np.any(after != before)
 
 
 def moved_by_routed_tuning(params):
@@ -116,35 +114,48 @@ def moved_by_routed_tuning(params):
 def test_each_slice_is_tuned_alone_from_the_tuned_weights(
     recorder, calibrator, trained, recorded, params, windows, monkeypatch, elastic
 ):
-    """The coarse ones one after the other, then the finer ones; an epoch moves every weight up by 40 codes."""
-    stages = []
+    """The coarse ones one after the other, then the finer ones; an epoch moves every weight up by 40 codes.
+
+    The finer ones of the attention start where its weights were left, with an epoch or without; those of the MLP from
+    the unquantized weights.
+    """
+    stages, attention = [], []
 
     def epoch(self, state, dense, index):
         if isinstance(self, RoutedTrainer):
             return dataclasses.replace(state, params=moved_by_routed_tuning(state.params)), 0.5, True
         if isinstance(self, SliceTuner):
             before = np.asarray(state.params["mlp"]["up_proj"]["position"])
+            given = np.asarray(state.params["attention"]["q_proj"]["position"])
             moved = jax.tree_util.tree_map_with_path(
                 lambda path, leaf: leaf + 40.0 if path[-1].key == "position" else leaf, state.params
             )
             state = dataclasses.replace(state, params=self.constrain(moved, state.params))
             after = np.asarray(state.params["mlp"]["up_proj"]["position"])
             stages.append(((self.final_width, self.reads, self.epochs, self.rate), before, after))
+            attention.append((given, np.asarray(state.params["attention"]["q_proj"]["position"])))
         return state, 0.5, True
 
     monkeypatch.setattr(Distiller, "epoch", epoch)
     four = dataclasses.replace(elastic, slice_bits=(2, 2, 2, 2), budget_grid=(2.0, 4.0, 6.0, 8.0))
-    changes = dict(budgets=(2.0, 6.0), fine_above=6, end_epochs=1, routed_epochs=1)
+    changes = dict(budgets=(2.0, 6.0), fine_above=6, end_epochs=1, routed_epochs=1, fine_tuned_attention=True)
 
     def calibrated(name, **more):
         run = dataclasses.replace(calibrator(name, recorder(), **changes, **more), elastic=four)
         variables = run.calibrate(params, windows)
         linear = variables["params"]["layers"]["mlp"]["up_proj"]["router"].output_bias[:, :2]
-        weight = variables["slices"]["layers"]["mlp"]["up_proj"]["weight"]
-        return np.asarray(jax.vmap(SlicedWeight.codes)(weight), np.int32), np.asarray(linear)
+        slices = variables["slices"]["layers"]
+        weight = slices["mlp"]["up_proj"]["weight"]
+        return np.asarray(jax.vmap(SlicedWeight.codes)(weight), np.int32), np.asarray(linear), slices
 
-    tuned, routers = calibrated("without")
-    final, same_routers = calibrated("with", slice_epochs=1, slice_lr=0.5, fine_epochs=2, fine_lr=0.25)
+    tuned, routers, slices = calibrated("without")
+
+    def factor(part, name):
+        read = np.asarray(jax.vmap(lambda weight: weight.dequantize(4))(slices[part][name]["weight"]))
+        return np.median(read / np.asarray(params["layers"][part][name]["kernel"]))
+
+    assert factor("attention", "q_proj") > 1.08 > factor("mlp", "up_proj")  # as far back as bins of 6 bits allow
+    final, same_routers, _ = calibrated("with", slice_epochs=1, slice_lr=0.5, fine_epochs=2, fine_lr=0.25)
     plans, starts, ends = zip(*stages, strict=True)
     assert plans == ((2, (4,), 1, 8.0), (4, (6,), 1, 2.0), (6, (8,), 2, 0.25), (6, (8,), 2, 0.25))
     at = np.floor(np.stack(starts)).astype(np.int32)
@@ -158,6 +169,7 @@ def test_each_slice_is_tuned_alone_from_the_tuned_weights(
     np.testing.assert_array_equal(moved[1], at[1] // 16 * 16 + 15)
     np.testing.assert_array_equal(at[2] // 4, moved[1] // 4)
     np.testing.assert_array_equal(final, moved[3])
+    np.testing.assert_allclose(attention[2][0], attention[1][1], atol=2e-3)  # of 255; a weight and back
     assert np.any(moved[0] // 16 != at[0] // 16) and np.any(at[2] != moved[1])
 
 

@@ -13,8 +13,9 @@ were before they were tuned for few bits.
 
 But where linears read them one after the other, as routers have it between two widths, those that do are no longer what
 the others were tuned with: of SmolLM2-135M at 4 bits, perplexity rises where its attention alone reads 6. The
-attention's may start from its tuned weights instead (``calibration.fine_tuned_attention``): one short run was then 0.1
-to 1 % better at all bits above 4 (``results/fine_slices.json``). It takes epochs to make up for it at 8 bits.
+attention's may start from its tuned weights instead (``calibration.fine_tuned_attention``). One short run of that model
+was then 0.1 to 1 % better at all bits above 4; one of 260 thousand parameters was 1 to 2 % worse
+(``results/fine_slices.json``).
 """
 
 from collections.abc import Callable

@@ -143,7 +143,7 @@ def _score(source: Source, tasks: list[str], folder: Path, results: Results, ste
             results.add(row)
             print(_line(row), flush=True)
 
-        with jax.default_matmul_precision("highest"):  # as perplexity is scored and thresholds are recorded
+        with jax.default_matmul_precision("highest"):  # as perplexity is scored
             evaluate_tasks(
                 model,
                 [bits if source.elastic else None],

@@ -97,7 +97,8 @@ class ModelStages:
             def weights() -> Params:
                 return scaled() | {part: tuned.pop(part) for part in tuple(tuned)}  # not kept while they train
 
-            layers, _ = self._tune_slices(fine, layers, weights, dense, FINE, "finer slices")
+            params = self._tune_slices(fine, layers, weights, dense, FINE, "finer slices")
+            layers = layers | {"slices": fine.slices(params)}
         return layers
 
     def finish(self, around: Params, layers: Params) -> Variables:
@@ -143,7 +144,11 @@ class ModelStages:
             stage, title = f"{SLICE}/{width}", f"slice to {width} bits"
             # Not kept in memory while the last one trains.
             weights = partial(tuned.pop if width == coarse[-1] else tuned.__getitem__, 0)
-            layers, left = self._tune_slices(alone, layers, weights, dense, stage, title)
+            params = self._tune_slices(alone, layers, weights, dense, stage, title)
+            layers = layers | {"slices": alone.slices(params)}
+            if cal.fine_tuned_attention and width == coarse[-1]:
+                left = {"attention": alone.kernels(params["attention"])}
+            del params
         return layers, left
 
     def _tune_slices(
@@ -154,11 +159,9 @@ class ModelStages:
         dense: Params,
         stage: str,
         title: str,
-    ) -> tuple[Params, Params]:
-        """The packed layers after a stage that starts from ``weights()``; the weights that finer slices start from."""
-        tuned = self._distil(tuner, lambda: tuner.begin(layers, weights()), dense, stage, title, tuner.epochs)
-        left = {"attention": tuner.kernels(tuned["attention"])} if self.calibration.fine_tuned_attention else {}
-        return layers | {"slices": tuner.slices(tuned)}, left
+    ) -> Params:
+        """The parameters after a stage that starts from ``weights()``, in the final bins of packed layers."""
+        return self._distil(tuner, lambda: tuner.begin(layers, weights()), dense, stage, title, tuner.epochs)
 
     def _tune_routed(
         self, common: dict[str, Any], uniform: Callable[[], Params], tuner: EndToEndTrainer, dense: Params

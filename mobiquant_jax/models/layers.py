@@ -12,12 +12,13 @@ from jaxtyping import Array, Float
 def project(
     x: Float[Array, "*batch in"], kernel: Float[Array, "in out"], dtype: DTypeLike = jnp.float32
 ) -> Float[Array, "*batch out"]:
-    """Multiply by a kernel, accumulating in float32.
+    """Multiply by a kernel, accumulating in float32 on each device.
 
     Args:
         x: Inputs; their dtype is the dtype of the multiplication.
         kernel: Weights in Flax layout.
-        dtype: Of the result, and of the gradient that the products of the backward pass meet.
+        dtype: Of the result, and so of the gradient that the backward pass multiplies: a float32 one would make its
+            products float32. What devices sum, where a mesh splits the contracted axis, is rounded to it too.
 
     Returns:
         ``x @ kernel``.

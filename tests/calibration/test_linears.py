@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from mobiquant_jax.calibration.linears import NestedLinear, RoutedLinear, UniformWidth, pack_block, trainable
+from mobiquant_jax.calibration.slice_tuning import PositionLinear
 from mobiquant_jax.io.checkpoint import abstract_variables
 from mobiquant_jax.models import Block
 from mobiquant_jax.models.elastic import ElasticConfig, ElasticLinear
@@ -202,6 +204,32 @@ def test_gradients_reach_every_parameter(linear, slice_bits):
             expected = directional(value, surrogate.params, direction)
             got = np.sum(grad * along)
             assert got == pytest.approx(expected, rel=5e-3, abs=5e-3 * np.linalg.norm(grad) + 1e-6), path
+
+
+def products(jaxpr):
+    """The types that each matmul of a program multiplies."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            yield tuple(str(operand.aval.dtype) for operand in eqn.invars)
+        for inner in jaxprs_in_params(eqn.params):
+            yield from products(inner)
+
+
+@pytest.mark.parametrize("linear", [NestedLinear, RoutedLinear, PositionLinear])
+def test_the_backward_pass_multiplies_in_bfloat16_too(linear):
+    """Three products of the weights; a float32 gradient would make two of them a GPU's slower ones."""
+    elastic = elastic_of((4, 4))
+    module = linear(features=OUT, elastic=elastic, dtype=jnp.bfloat16)
+    control = FixedThreshold(threshold=jnp.zeros(())) if linear is RoutedLinear else UniformWidth(width=jnp.int32(4))
+    x = jnp.ones((2, 3, IN))
+    params = module.init(jax.random.key(0), x, control)["params"]
+
+    def loss(params, x):
+        return jnp.sum(jnp.square(module.apply({"params": params}, x, control, mutable=["stats"])[0]))
+
+    found = list(products(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(params, x).jaxpr))
+    assert found.count(("bfloat16", "bfloat16")) == 3
+    assert all(left == right for left, right in found), found
 
 
 def test_trainable_keeps_the_dense_parameters_and_draws_routers(dense, config, elastic):

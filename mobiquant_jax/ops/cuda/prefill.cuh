@@ -1,4 +1,4 @@
-// The prefill kernel: many tokens against a sliced weight at about the speed of one dense bfloat16 product.
+// The prefill kernel: many tokens against a sliced weight, for the work of one dense bfloat16 product.
 //
 // Tokens sorted by depth form at most four runs, cut into tiles of up to 256 tokens of one depth. A work item is such a
 // tile times 128 outputs. Weights go packed -> registers -> wgmma's A operand: eight instructions' codes of all slices
@@ -7,10 +7,10 @@
 //     W = s v + s (2^(1 - 2 depth) - z / 64 - 512),   v = 512 + Q / 64,   Q the 8-bit code without the slices not read
 // At 256 tokens that is 28 issue slots a warp for 128 cycles of its tensor core.
 //
-// What bounds it is the second-level cache, so two thread blocks of a cluster, of neighbouring outputs, share a token
-// tile: each fetches half of every stage for both. `pack_kernel` has gathered the tokens by then, each stage of a tile as
-// the bytes that it is in shared memory, swizzled, so that one bulk copy brings half a stage. One thread issues the
-// copies; two warpgroups of consumers take 64 outputs each.
+// The second-level cache bounds it more than these slots do, so two thread blocks of a cluster, of neighbouring outputs,
+// share a token tile: each fetches half of every stage for both. `pack_kernel` has gathered the tokens by then, each
+// stage of a tile as the bytes that it is in shared memory, swizzled, so that one bulk copy brings half a stage. One
+// thread issues the copies; two warpgroups of consumers take 64 outputs each.
 #pragma once
 
 #include <type_traits>

@@ -51,13 +51,6 @@ __device__ inline void arrive_threads(int id) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
 }
 
-// Asynchronous copies to shared memory by one thread; they complete in groups, in order.
-__device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int kPending>
-__device__ inline void copy_async_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
 // Barriers in shared memory that count arrivals and bytes.
 __device__ inline void barrier_init(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
@@ -139,15 +132,6 @@ __device__ inline void store_cluster8(uint32_t to, int rank, float2 value) {
       "r"(rank), "f"(value.x), "f"(value.y)
       : "memory");
 }
-
-// Copies 16 bytes, or writes 16 zero bytes where `valid` is false.
-__device__ inline void copy_async16_or_zero(uint32_t to, const void* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0)
-               : "memory");
-}
-
-// Orders this thread's writes to shared memory before reads by the tensor cores.
-__device__ inline void fence_shared_to_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 template <int kRegisters>
 __device__ inline void take_registers() {

@@ -25,7 +25,8 @@ template <typename Out>
 ffi::Error launch_prefill(cudaStream_t stream, const PrefillArgs& args) {
   plan_kernel<<<args.segments.count, kPlanThreads, 0, stream>>>(args);
   const int stages = args.weights.blocks * kBlockInputs / kStageInputs;
-  const dim3 grid(args.tokens / kTileTokens + kMaxSlices, args.segments.count, (stages + kPackStages - 1) / kPackStages);
+  const Plan plan(args.plan, args.tokens);
+  const dim3 grid(plan.most, args.segments.count, (stages + kPackStages - 1) / kPackStages);
   pack_kernel<<<grid, kPackThreads, 0, stream>>>(args);
   if (cudaError_t error = cudaGetLastError()) return check(error, "sliced_matmul");
   const int blocks = processors() / kCluster * kCluster;
@@ -34,10 +35,9 @@ ffi::Error launch_prefill(cudaStream_t stream, const PrefillArgs& args) {
                "sliced_matmul");
 }
 
-ffi::Error prefill(cudaStream_t stream, Halves x, Integers depth,
-                   Integers layer, Words affine, Words plane1, Words plane2, Words plane3, Words plane4,
-                   ffi::Result<ffi::AnyBuffer> out, ffi::Result<Integers> plan, ffi::Result<Halves> packed,
-                   ffi::Span<const int64_t> ends,
+ffi::Error prefill(cudaStream_t stream, Halves x, Integers depth, Integers layer, Words affine, Words plane1,
+                   Words plane2, Words plane3, Words plane4, ffi::Result<ffi::AnyBuffer> out,
+                   ffi::Result<Integers> plan, ffi::Result<Halves> packed, ffi::Span<const int64_t> ends,
                    int64_t version) {
   PrefillArgs args{};
   const Words* const planes[kMaxSlices] = {&plane1, &plane2, &plane3, &plane4};
@@ -54,9 +54,11 @@ ffi::Error prefill(cudaStream_t stream, Halves x, Integers depth,
   if (static_cast<int64_t>(plan->element_count()) < Plan::ints(args.tokens))
     return ffi::Error::InvalidArgument("sliced_matmul: the plan of " + std::to_string(args.tokens) + " tokens needs " +
                                        std::to_string(Plan::ints(args.tokens)) + " integers");
-  const int64_t elements = static_cast<int64_t>(args.segments.count) * packed_rows(args.tokens) * args.weights.blocks * kBlockInputs;
+  const int64_t elements =
+      static_cast<int64_t>(args.segments.count) * packed_rows(args.tokens) * args.weights.blocks * kBlockInputs;
   if (static_cast<int64_t>(packed->element_count()) < elements)
-    return ffi::Error::InvalidArgument("sliced_matmul: the packed tokens need " + std::to_string(elements) + " elements");
+    return ffi::Error::InvalidArgument("sliced_matmul: the packed tokens need " + std::to_string(elements) +
+                                       " elements");
   return out->element_type() == ffi::F32 ? launch_prefill<float>(stream, args)
                                          : launch_prefill<__nv_bfloat16>(stream, args);
 }

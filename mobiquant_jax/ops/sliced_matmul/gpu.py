@@ -1,9 +1,9 @@
 """The elastic matmul on Hopper GPUs: two CUDA kernels behind XLA's FFI.
 
 Up to 16 tokens are a decode step, bound by the bytes of the slices read (``cuda/decode.cuh``): codes stay exact and
-activations become 16-bit integers within each group. More are a prefill, bound by the tensor cores
-(``cuda/prefill.cuh``), with weights rounded to bfloat16. Both take the stacked weights of all layers and the layer's
-index on the device: a slice of the stack would be copied before a custom call.
+activations become 16-bit integers within each group. More are a prefill on the tensor cores (``cuda/prefill.cuh``),
+with weights rounded to bfloat16. Both take the stacked weights of all layers and the layer's index on the device: a
+slice of the stack would be copied before a custom call.
 """
 
 import functools

@@ -141,7 +141,7 @@ def test_each_slice_is_tuned_alone_from_the_tuned_weights(
     changes = dict(budgets=(2.0, 6.0), fine_above=6, end_epochs=1, routed_epochs=1, fine_tuned_attention=True)
 
     def calibrated(name, **more):
-        run = dataclasses.replace(calibrator(name, recorder(), **changes, **more), elastic=four)
+        run = dataclasses.replace(calibrator(name, recorder(), **(changes | more)), elastic=four)
         variables = run.calibrate(params, windows)
         linear = variables["params"]["layers"]["mlp"]["up_proj"]["router"].output_bias[:, :2]
         slices = variables["slices"]["layers"]
@@ -170,6 +170,8 @@ def test_each_slice_is_tuned_alone_from_the_tuned_weights(
     np.testing.assert_array_equal(at[2] // 4, moved[1] // 4)
     np.testing.assert_array_equal(final, moved[3])
     np.testing.assert_allclose(attention[2][0], attention[1][1], atol=2e-3)  # of 255; a weight and back
+    calibrated("unless told", slice_epochs=1, slice_lr=0.5, fine_epochs=1, fine_tuned_attention=False)
+    assert np.mean(np.abs(attention[-1][0] - attention[-2][1]) > 1) > 0.1  # where the unquantized weights lie
     assert np.any(moved[0] // 16 != at[0] // 16) and np.any(at[2] != moved[1])
 
 

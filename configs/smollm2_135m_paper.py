@@ -28,4 +28,5 @@ def get_config() -> ConfigDict:
     config.calibration.slice_epochs = 0
     config.calibration.fine_above = 8
     config.calibration.fine_epochs = 0
+    config.calibration.fine_tuned_attention = False
     return config

@@ -9,7 +9,7 @@ Expect: one elastic checkpoint in ``runs/smollm2_135m_quality``. On H200s, a see
 Channels are scaled first. Only widths of up to 4 bits are trained end to end, two thirds on text that the model writes
 itself: first all tokens of a step at one width, then weights and routers together (`calibration/routed_tuning.py`),
 slices in tiers (`calibration/tiers.py`), and at last each slice alone (`calibration/slice_tuning.py`). The slices
-beyond start from the unquantized weights and are tuned together.
+beyond start from the unquantized weights, those of the attention from its tuned ones, and are tuned together.
 """
 
 from pathlib import Path
@@ -28,8 +28,8 @@ def get_config() -> ConfigDict:
     config.quant.slice_bits = (2, 1, 1, 2, 2)
     # Dense near the bits of a slice, where thresholds jump from one tier to the next. Up to 4 bits these are budgets
     # that routed tuning trains at, too.
-    config.router.budget_grid = (2.0, 2.25, 2.5, 2.75, 2.9, 3.0, 3.1, 3.25, 3.5, 3.75, 3.9, 4.0, 4.1, 4.5, 5.0, 5.5)
-    config.router.budget_grid += (5.9, 6.0, 6.1, 6.5, 7.0, 7.5, 8.0)
+    config.router.budget_grid = (2.0, 2.25, 2.5, 2.75, 2.9, 3.0, 3.1, 3.25, 3.5, 3.75, 3.9, 4.0, 4.1, 4.25, 4.5, 5.0)
+    config.router.budget_grid += (5.5, 5.9, 6.0, 6.1, 6.5, 7.0, 7.5, 8.0)
 
     config.data.source = "file:c4.txt,valid.txt"
     config.calibration.windows = 128
@@ -46,10 +46,11 @@ def get_config() -> ConfigDict:
     config.calibration.routed_weight_lr = 1e-4
     config.calibration.routed_clipping_lr = 1e-3
     config.calibration.routed_router_lr = 6e-3
-    config.calibration.slice_epochs = 12
+    config.calibration.slice_epochs = 16
     config.calibration.slice_lr = 0.002
     config.calibration.fine_epochs = 8
     config.calibration.fine_lr = 0.01
+    config.calibration.fine_tuned_attention = True
     config.calibration.fit_epochs = 2
     config.calibration.fit_batch_size = 1
     config.calibration.threshold_windows = 16

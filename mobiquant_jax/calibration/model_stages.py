@@ -147,7 +147,7 @@ class ModelStages:
             params = self._tune_slices(alone, layers, weights, dense, stage, title)
             layers = layers | {"slices": alone.slices(params)}
             if cal.fine_tuned_attention and width == coarse[-1]:
-                left = {"attention": alone.kernels(params["attention"])}
+                left = alone.tuned_attention(params)
             del params
         return layers, left
 

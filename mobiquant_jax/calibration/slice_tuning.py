@@ -177,13 +177,17 @@ class SliceTuner(Distiller):
         return positions(layers, weights, self.final_width)
 
     @cached_property
-    def kernels(self) -> Callable[[Params], Params]:
-        """Jitted: the weights at the positions of some linears, as they are without quantization."""
+    def tuned_attention(self) -> Callable[[Params], Params]:
+        """Jitted: the parameters to the weights of the attention at their positions, as without quantization."""
 
         def one(linear: Params) -> Params:
             return {"kernel": jax.vmap(weight_at)(linear["position"], linear["scale"], linear["zero"])}
 
-        return jax.jit(lambda linears: {name: one(linear) for name, linear in linears.items()})
+        def make(params: Params) -> Params:
+            return {"attention": {name: one(linear) for name, linear in params["attention"].items()}}
+
+        made = jax.eval_shape(make, self.abstract_params)
+        return jax.jit(make, out_shardings=self.placement.shardings(made))
 
     @cached_property
     def slices(self) -> Callable[[Params], Params]:

@@ -1,6 +1,6 @@
 """Keys and values of the tokens seen so far, with one length per sequence."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -8,39 +8,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from mobiquant_jax.models.config import LlamaConfig
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class LayerCache:
-    """One layer's keys and values; slot s of a sequence holds its token at position s.
-
-    Attributes:
-        k: Rotated keys.
-        v: Values.
-    """
-
-    k: Float[Array, "B S Hkv hd"]
-    v: Float[Array, "B S Hkv hd"]
-
-    def write(
-        self, k: Float[Array, "B T Hkv hd"], v: Float[Array, "B T Hkv hd"], positions: Int[Array, "B T"]
-    ) -> "LayerCache":
-        """Store the keys and values of tokens at their absolute positions.
-
-        Args:
-            k: Rotated keys of the new tokens.
-            v: Values of the new tokens.
-            positions: Slot of each token; one outside the cache is dropped.
-
-        Returns:
-            The cache with those slots replaced.
-        """
-        rows = jnp.arange(k.shape[0])[:, None]
-        return LayerCache(
-            k=self.k.at[rows, positions].set(k.astype(self.k.dtype), mode="drop"),
-            v=self.v.at[rows, positions].set(v.astype(self.v.dtype), mode="drop"),
-        )
 
 
 @jax.tree_util.register_dataclass
@@ -79,3 +46,59 @@ class KVCache:
             raise ValueError(f"a cache needs at least one sequence and one slot, got {batch} and {max_length}")
         shape = (config.num_hidden_layers, batch, max_length, config.num_key_value_heads, config.head_dim)
         return cls(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype), length=jnp.zeros(batch, jnp.int32))
+
+    def of_layer(self, layer: Int[Array, ""]) -> "LayerCache":
+        """What one layer sees of it.
+
+        Args:
+            layer: Which one.
+        """
+        return LayerCache(whole=self, layer=layer)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class LayerCache:
+    """One layer's part of a cache; slot s of a sequence holds its token at position s.
+
+    It keeps the whole cache and says which layer: a loop over layers that carries the whole writes it in place, whereas
+    scanned slices are copied twice for every token.
+
+    Attributes:
+        whole: The cache of all layers.
+        layer: Which one.
+    """
+
+    whole: KVCache
+    layer: Int[Array, ""]
+
+    @property
+    def k(self) -> Float[Array, "B S Hkv hd"]:
+        """Rotated keys."""
+        return self.whole.k[self.layer]
+
+    @property
+    def v(self) -> Float[Array, "B S Hkv hd"]:
+        """Values."""
+        return self.whole.v[self.layer]
+
+    def write(
+        self, k: Float[Array, "B T Hkv hd"], v: Float[Array, "B T Hkv hd"], positions: Int[Array, "B T"]
+    ) -> "LayerCache":
+        """Store the keys and values of tokens at their absolute positions; lengths stay.
+
+        Args:
+            k: Rotated keys of the new tokens.
+            v: Values of the new tokens.
+            positions: Slot of each token; one outside the cache is dropped.
+
+        Returns:
+            The same layer of the cache with those slots replaced.
+        """
+        at = self.layer, jnp.arange(k.shape[0])[:, None], positions
+        written = replace(
+            self.whole,
+            k=self.whole.k.at[at].set(k.astype(self.whole.k.dtype), mode="drop"),
+            v=self.whole.v.at[at].set(v.astype(self.whole.v.dtype), mode="drop"),
+        )
+        return replace(self, whole=written)

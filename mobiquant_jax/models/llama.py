@@ -5,6 +5,7 @@ the packed elastic runtime. ``control`` is any pytree and reaches every linear u
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import flax.linen as nn
@@ -189,14 +190,7 @@ class Llama(nn.Module):
         self.embedder = nn.Embed(cfg.vocab_size, cfg.hidden_size, dtype=self.dtype)
         # Inside a scan the loop already keeps XLA from merging the recomputation with the forward pass.
         block = nn.remat(Block, prevent_cse=False) if self.remat else Block
-        scanned = nn.scan(
-            block,
-            variable_axes={"params": 0, "slices": 0, "routing": 0, "stats": 0, "scores": 0},
-            split_rngs={"params": True, "routing": True},
-            in_axes=(nn.broadcast, 0, nn.broadcast),
-            length=cfg.num_hidden_layers,
-        )
-        self.layers = scanned(cfg, self.linear, self.dtype)
+        self.layers = block(cfg, self.linear, self.dtype)
         self.final_norm = RMSNorm(cfg.rms_norm_eps)
         if not cfg.tie_word_embeddings:
             self.lm_head = Head(cfg.vocab_size)
@@ -212,7 +206,7 @@ class Llama(nn.Module):
             Logits in float32.
         """
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        x, _ = self.layers(self.embed(tokens), positions, None, control)
+        x, _ = self._over_layers(self.embed(tokens), positions, None, control)
         return self.unembed(x)
 
     def decode(
@@ -235,9 +229,27 @@ class Llama(nn.Module):
         if cache.k.shape[1] != batch or cache.k.shape[2] < length:
             raise ValueError(f"tokens {tokens.shape} do not fit a cache of {cache.k.shape[1:3]} (sequences, slots)")
         positions = cache.length[:, None] + jnp.arange(length, dtype=jnp.int32)
-        x, layers = self.layers(self.embed(tokens), positions, LayerCache(k=cache.k, v=cache.v), control)
-        assert layers is not None, "a block returns the cache it is given"
-        return self.unembed(x), KVCache(k=layers.k, v=layers.v, length=cache.length + length)
+        x, written = self._over_layers(self.embed(tokens), positions, cache, control)
+        assert written is not None, "a block returns the cache it is given"
+        return self.unembed(x), replace(written, length=cache.length + length)
+
+    def _over_layers(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], cache: KVCache | None, control: Any
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        """The residual stream after all blocks, and the cache with the new tokens' keys and values."""
+
+        def step(block: Block, carry: tuple[Array, KVCache | None], layer: Int[Array, ""]) -> tuple[Any, None]:
+            x, cache = carry
+            x, seen = block(x, positions, None if cache is None else cache.of_layer(layer), control)
+            return (x, None if seen is None else seen.whole), None
+
+        scan = nn.scan(
+            step,
+            variable_axes={"params": 0, "slices": 0, "routing": 0, "stats": 0, "scores": 0},
+            split_rngs={"params": True, "routing": True},
+        )
+        carry, _ = scan(self.layers, (x, cache), jnp.arange(self.config.num_hidden_layers))
+        return carry
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Look the tokens up.

@@ -33,16 +33,10 @@ def attend(
     q, k, v = (y.reshape(*y.shape[:2], -1, config.head_dim) for y in qkv)
     frequencies = inverse_frequencies(config)
     q, k = apply_rope(q, positions, frequencies), apply_rope(k, positions, frequencies)
-    rows = jnp.arange(q.shape[0])[:, None]
-    # The whole cache is carried and written in place: as scanned slices it would be copied once a token.
-    cache = KVCache(
-        k=cache.k.at[layer, rows, positions].set(k.astype(cache.k.dtype), mode="drop"),
-        v=cache.v.at[layer, rows, positions].set(v.astype(cache.v.dtype), mode="drop"),
-        length=cache.length,
-    )
+    written = cache.of_layer(layer).write(k, v, positions)
     slots = jnp.arange(cache.k.shape[2])[None]
-    mixed = attention(q, cache.k[layer].astype(q.dtype), cache.v[layer].astype(q.dtype), positions, slots)
-    return mixed.reshape(*q.shape[:2], -1), cache
+    mixed = attention(q, written.k.astype(q.dtype), written.v.astype(q.dtype), positions, slots)
+    return mixed.reshape(*q.shape[:2], -1), written.whole
 
 
 def rotation(

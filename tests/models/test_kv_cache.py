@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mobiquant_jax.models import KVCache, LayerCache, Llama, LlamaConfig, RopeScaling
+from mobiquant_jax.models import KVCache, Llama, LlamaConfig, RopeScaling
 
 SCALING = RopeScaling(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
 CONFIGS = {
@@ -69,6 +69,22 @@ def test_ragged_prompts_equal_full_passes(case, rng):
             assert relative_difference(logits[row, 0], want[row, length + step]) < 1e-5
 
 
+def test_steps_write_the_cache_in_place(case, optimized):
+    """A donated cache is the only one: as scanned slices it was copied, read and written whole for every token."""
+    model, variables, *_ = case
+    cache = KVCache.create(model.config, 8, 512)
+
+    def steps(variables, tokens, cache):
+        def step(_, carry):
+            logits, cache = model.apply(variables, *carry, method=model.decode)
+            return logits.argmax(-1).astype(jnp.int32), cache
+
+        return jax.lax.fori_loop(0, 4, step, (tokens, cache))
+
+    compiled = jax.jit(steps, donate_argnums=2).lower(variables, jnp.zeros((8, 1), jnp.int32), cache).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.75 * (cache.k.nbytes + cache.v.nbytes)
+
+
 def test_half_precision_cache_stays_close(case):
     model, variables, tokens, want, decode = case
     cache = KVCache.create(model.config, 3, 21, jnp.bfloat16)
@@ -78,10 +94,12 @@ def test_half_precision_cache_stays_close(case):
 
 
 def test_a_write_outside_the_cache_is_dropped(rng):
-    old = LayerCache(k=jnp.zeros((1, 4, 1, 2)), v=jnp.zeros((1, 4, 1, 2)))
+    empty = jnp.zeros((3, 1, 4, 1, 2))
+    old = KVCache(k=empty, v=empty, length=jnp.array([3])).of_layer(jnp.int32(1))
     new = old.write(jnp.ones((1, 2, 1, 2)), 2 * jnp.ones((1, 2, 1, 2)), jnp.array([[3, 4]]))
     assert new.k[0, :, 0, 0].tolist() == [0, 0, 0, 1]
     assert new.v[0, :, 0, 0].tolist() == [0, 0, 0, 2]
+    assert not new.whole.k[::2].any() and not new.whole.v[::2].any() and new.whole.length.tolist() == [3]
 
 
 @pytest.mark.parametrize(("batch", "slots"), [(2, 30), (3, 20)])

@@ -46,7 +46,7 @@ class Program:
 def training_programs(
     config: LlamaConfig, elastic: ElasticConfig, calibration: CalibrationConfig, mesh: Mesh
 ) -> list[Program]:
-    """An epoch of each part of a recipe, in bfloat16 with float32 parameters.
+    """An epoch of each part of a recipe, or of fitting a step, in bfloat16 with float32 parameters.
 
     Returns:
         ``calibration``, the last stage of one block's training; ``tuning`` of all blocks, ``routed`` of blocks and
@@ -131,7 +131,7 @@ def _fitting(config: LlamaConfig, elastic: ElasticConfig, calibration: Calibrati
     windows = np.zeros((calibration.windows - calibration.threshold_windows, calibration.window_length), np.int32)
     kept = calibration.tuned_scores(elastic.slice_bits)
     trainer = RouterTrainer(model=_elastic(config, elastic, mesh), calibration=calibration, windows=windows, kept=kept)
-    function, arguments = trainer.abstract_epoch
+    function, arguments = trainer.abstract_step
     return Program(
         name="fitting",
         function=function,

@@ -8,27 +8,31 @@ predictions, and goes backward once: every score gets the gradient of its likeli
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, UInt
 
 from mobiquant_jax.calibration.config import CalibrationConfig
 from mobiquant_jax.calibration.gains import GainLinear
 from mobiquant_jax.calibration.optimizer import FINAL_RATE, guarded_update
 from mobiquant_jax.calibration.samples import spread_budgets
-from mobiquant_jax.models import Llama
-from mobiquant_jax.models.elastic import ElasticModel, Variables
+from mobiquant_jax.models import Llama, LlamaConfig
+from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel, Variables
 from mobiquant_jax.quant import CODE_BITS, widths
 from mobiquant_jax.routing import RandomDepth, Router
-from mobiquant_jax.sharding import Placement, one_device, place
+from mobiquant_jax.sharding import Placement, one_device
 
 Routers = dict[str, dict[str, dict[str, Router]]]
 """``{part: {name: {"router": Router}}}``, each array with a leading layer axis."""
+
+Batch = tuple[Int[Array, "B T"], Float[Array, ""], UInt[Array, ""]]
+"""Of one step: tokens, the average bits that they read, and the seed of depths and labels."""
 
 FAR_BELOW = 23.0  # scores so far below the gains' logarithm that 1 - mean(gain exp(-S)) has lost none of the mean
 
@@ -121,8 +125,7 @@ class RouterTrainer:
 
         Where scores are kept, the others know the mean gain alone.
         """
-        below = partial(_cleared, first=self.kept) if self.kept else partial(magnitude_router, offset=-FAR_BELOW)
-        routers = jax.tree.map(below, routers_of(variables), is_leaf=_is_router)
+        routers = self._below(routers_of(variables))
         gradients = self._measure(routers, variables, self._plan(0, len(self._budgets)))
         return self._begin(routers, gradients)
 
@@ -137,22 +140,24 @@ class RouterTrainer:
         Returns:
             The new state, and whether every step was finite.
         """
+        healthy = []
         plan = self._plan(index + 1, self._steps)
         with jax.transfer_guard("disallow"):
-            state, healthy = self._epoch(state, variables, plan)
-        return state, bool(healthy)
+            for batch in plan:
+                state, finite = self._update(state, self._gradients(state.routers, variables, batch))
+                healthy.append(finite)
+        return state, all(bool(finite) for finite in healthy)
 
     @property
-    def abstract_epoch(self) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
-        """The program of an epoch and its arguments as shapes, types and shardings; a model of shapes will do."""
-        batch, whole = self.calibration.fit_batch_size, self.placement.replicated
-        shape = (self._steps, batch, self.windows.shape[1])
-        plan = (
-            jax.ShapeDtypeStruct(shape, self.windows.dtype, sharding=self.placement.batched(shape, dim=1)),
-            jax.ShapeDtypeStruct(shape[:1], jnp.float32, sharding=whole),
-            jax.ShapeDtypeStruct(shape[:1], jnp.uint32, sharding=whole),
+    def abstract_step(self) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
+        """What a step runs but for the update, with its arguments' shapes and shardings; a model of shapes will do."""
+        shape, whole = (self.calibration.fit_batch_size, self.windows.shape[1]), self.placement.replicated
+        batch = (
+            jax.ShapeDtypeStruct(shape, self.windows.dtype, sharding=self.placement.batched(shape)),
+            jax.ShapeDtypeStruct((), jnp.float32, sharding=whole),
+            jax.ShapeDtypeStruct((), jnp.uint32, sharding=whole),
         )
-        return self._epoch, (self.abstract_state, self.model.variables, plan)
+        return self._gradients, (self.abstract_state.routers, self.model.variables, batch)
 
     @property
     def _state_shardings(self) -> RouterState:
@@ -174,52 +179,48 @@ class RouterTrainer:
         read = widths(self.model.elastic.slice_bits)[self.kept]
         return tuple(bits for bits in self.calibration.budgets if read <= bits <= self.most_bits) or (float(read),)
 
-    def _plan(self, stream: int, steps: int) -> Any:
-        """Tokens, budgets and seeds of so many steps, on the devices; windows come again where there are too few."""
+    def _plan(self, stream: int, steps: int) -> list[Batch]:
+        """So many steps, on the devices; windows come again where there are too few."""
         cal = self.calibration
         rng = np.random.default_rng([cal.seed, 2_000_000 + stream])
         windows = np.resize(rng.permutation(self.windows), (steps * cal.fit_batch_size, self.windows.shape[1]))
         batches = windows.reshape(steps, cal.fit_batch_size, -1)
         bits = spread_budgets(self._budgets, steps, rng)
         seeds = rng.integers(2**32, size=steps, dtype=np.uint32)
-        return place(batches, self.placement.batched(batches.shape, dim=1)), *self.placement.put_whole((bits, seeds))
+        rows = zip(batches, np.asarray(bits, np.float32), seeds, strict=True)
+        put, put_whole = self.placement.put_batch, self.placement.put_whole
+        return [(put(tokens), *put_whole((budget, seed))) for tokens, budget, seed in rows]
+
+    @property
+    def _gradients(self) -> jax.stages.Wrapped:
+        """See `_gradients_of`."""
+        model = self.model
+        assert model.elastic is not None, "only an elastic model has routers"
+        return _gradients_of(model.config, model.elastic, model.placement, jnp.dtype(model.dtype))
+
+    def _fitted(self, gradients: Routers) -> Routers:
+        """The gradients of what is to be fitted, zeros of the rest."""
+        if not self.kept:
+            return gradients
+        return jax.tree.map(partial(_of_outputs, first=self.kept), gradients, is_leaf=_is_router)
+
+    def _measure(self, routers: Routers, variables: Variables, plan: list[Batch]) -> Routers:
+        """The mean gradients over the steps of a plan."""
+        return self._mean([self._gradients(routers, variables, batch) for batch in plan])
 
     @cached_property
-    def _gradients(self) -> Callable[..., Routers]:
-        """``(routers, variables, (tokens [B, T], bits, seed)) -> gradients``, means over the batch's tokens."""
-        config, elastic = self.model.config, self.model.elastic
-        assert elastic is not None, "only an elastic model has routers"
-        mean_size = float(np.mean([rows * columns for rows, columns in config.linear_shapes().values()]))
-        linear = partial(GainLinear, elastic=elastic, placement=self.model.placement, mean_size=mean_size)
-        module = Llama(config, linear=linear, dtype=self.model.dtype, remat=True)
-
-        def loss(routers: Routers, variables: Variables, tokens: Array, bits: Array, seed: Array) -> Array:
-            depths, labels = jax.random.split(jax.random.key(seed))
-            policy = RandomDepth(bits=jnp.broadcast_to(bits, tokens.shape[:1]))
-            logits: Any = module.apply(with_routers(variables, routers), tokens, policy, rngs={"routing": depths})
-            drawn = jax.random.categorical(labels, jax.lax.stop_gradient(logits))
-            return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, drawn))
-
-        def gradients(routers: Routers, variables: Variables, batch: Any) -> Routers:
-            summed = jax.grad(loss)(routers, variables, *batch)
-            if self.kept:
-                summed = jax.tree.map(partial(_of_outputs, first=self.kept), summed, is_leaf=_is_router)
-            return jax.tree.map(lambda g: g / batch[0].size, summed)
-
-        return gradients
+    def _below(self) -> Callable[[Routers], Routers]:
+        """Jitted: routers whose scores that are to be fitted lie far below all gains."""
+        one = partial(_cleared, first=self.kept) if self.kept else partial(magnitude_router, offset=-FAR_BELOW)
+        below = partial(jax.tree.map, one, is_leaf=_is_router)
+        return jax.jit(below, out_shardings=self._state_shardings.routers)
 
     @cached_property
-    def _measure(self) -> Callable[..., Routers]:
-        """Jitted: the mean gradients over the steps of a plan."""
+    def _mean(self) -> Callable[[list[Routers]], Routers]:
+        def mean(gradients: list[Routers]) -> Routers:
+            return self._fitted(jax.tree.map(lambda *steps: sum(steps) / len(steps), *gradients))
 
-        def measure(routers: Routers, variables: Variables, plan: Any) -> Routers:
-            def step(total: Routers, batch: Any) -> tuple[Routers, None]:
-                return jax.tree.map(jnp.add, total, self._gradients(routers, variables, batch)), None
-
-            total, _ = jax.lax.scan(step, jax.tree.map(jnp.zeros_like, routers), plan)
-            return jax.tree.map(lambda g: g / len(plan[0]), total)
-
-        return jax.jit(measure)
+        return jax.jit(mean)
 
     @cached_property
     def _begin(self) -> Callable[..., RouterState]:
@@ -239,22 +240,44 @@ class RouterTrainer:
         return jax.jit(begin, out_shardings=self._state_shardings)
 
     @cached_property
-    def _epoch(self) -> jax.stages.Wrapped:
-        """Jitted: one epoch as a scan over steps. A step with a non-finite gradient changes nothing."""
+    def _update(self) -> Callable[[RouterState, Routers], tuple[RouterState, Array]]:
+        """Jitted: the state after a step, and whether it was taken: a gradient that is not finite changes nothing."""
 
-        def epoch(state: RouterState, variables: Variables, plan: Any) -> tuple[RouterState, Array]:
-            def step(carry: Any, batch: Any) -> Any:
-                state, healthy = carry
-                gradients = self._gradients(state.routers, variables, batch)
-                routers, optimizer, finite = guarded_update(
-                    self._optimizer, jnp.zeros(()), gradients, state.routers, state.optimizer
-                )
-                return (RouterState(routers=routers, optimizer=optimizer), healthy & finite), None
+        def update(state: RouterState, gradients: Routers) -> tuple[RouterState, Array]:
+            routers, optimizer, finite = guarded_update(
+                self._optimizer, jnp.zeros(()), self._fitted(gradients), state.routers, state.optimizer
+            )
+            return RouterState(routers=routers, optimizer=optimizer), finite
 
-            (state, healthy), _ = jax.lax.scan(step, (state, jnp.array(True)), plan)
-            return state, healthy
+        return jax.jit(update, donate_argnums=0, out_shardings=(self._state_shardings, self.placement.replicated))
 
-        return jax.jit(epoch, donate_argnums=0, out_shardings=(self._state_shardings, self.placement.replicated))
+
+@cache
+def _gradients_of(
+    config: LlamaConfig, elastic: ElasticConfig, placement: Placement | None, dtype: DTypeLike
+) -> jax.stages.Wrapped:
+    """Jitted ``(routers, variables, batch) -> gradients``, means over the batch's tokens.
+
+    One program for all that measures and fits a model's routers: it takes longer to compile than all the rest.
+    """
+    mean_size = float(np.mean([rows * columns for rows, columns in config.linear_shapes().values()]))
+    linear = partial(GainLinear, elastic=elastic, placement=placement, mean_size=mean_size)
+    module = Llama(config, linear=linear, dtype=dtype, remat=True)
+
+    def loss(routers: Routers, variables: Variables, tokens: Array, bits: Array, seed: Array) -> Array:
+        depths, labels = jax.random.split(jax.random.key(seed))
+        policy = RandomDepth(bits=jnp.broadcast_to(bits, tokens.shape[:1]))
+        logits: Any = module.apply(with_routers(variables, routers), tokens, policy, rngs={"routing": depths})
+        drawn = jax.random.categorical(labels, jax.lax.stop_gradient(logits))
+        return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, drawn))
+
+    def gradients(routers: Routers, variables: Variables, batch: Batch) -> Routers:
+        summed = jax.grad(loss)(routers, variables, *batch)
+        if placement is not None:
+            summed = jax.lax.with_sharding_constraint(summed, placement.shardings(summed))
+        return jax.tree.map(lambda g: g / batch[0].size, summed)
+
+    return jax.jit(gradients)
 
 
 def _cleared(router: Router, first: int) -> Router:

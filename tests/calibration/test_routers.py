@@ -139,9 +139,9 @@ def test_the_start_measures_every_budget_however_few_the_windows(trainer, recipe
     few.__dict__["_measure"] = lambda routers, variables, plan: seen.append(jax.device_get(plan)) or routers
     few.__dict__["_begin"] = lambda routers, gradients: None
     few.start(trainer.model.variables)
-    ((tokens, bits, _),) = seen
-    assert sorted(bits) == [4, 5, 6, 7, 8] and tokens.shape == (5, 2, 16)
-    windows, counts = np.unique(tokens.reshape(10, 16), axis=0, return_counts=True)
+    tokens, bits, _ = zip(*seen[0], strict=True)
+    assert len(seen) == 1 and sorted(bits) == [4, 5, 6, 7, 8] and np.shape(tokens) == (5, 2, 16)
+    windows, counts = np.unique(np.concatenate(tokens), axis=0, return_counts=True)
     np.testing.assert_array_equal(windows, np.unique(few.windows, axis=0))
     assert set(counts) == {2, 3}
 
@@ -158,16 +158,17 @@ def test_an_epoch_moves_routers_only_and_is_determined_by_its_number(model, trai
     assert changed["slices"] is model.variables["slices"]
     assert changed["params"]["layers"]["mlp_norm"] is model.variables["params"]["layers"]["mlp_norm"]
     assert jax.tree.structure(changed) == jax.tree.structure(model.variables)
-    assert trainer._epoch._cache_size() == 1
+    assert trainer._gradients._cache_size() == trainer._update._cache_size() == 1
 
 
-def test_the_shapes_to_compile_ahead_for_are_those_of_an_epoch(model, trainer, start):
+def test_the_shapes_to_compile_ahead_for_are_those_of_a_step(model, trainer, start):
     def described(tree):
         return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), tree)
 
-    program, shapes = trainer.abstract_epoch
-    assert program is trainer._epoch and shapes[1] is model.variables
-    assert described(shapes[::2]) == described((start(), trainer._plan(1, 2)))
+    program, shapes = trainer.abstract_step
+    assert program is trainer._gradients and shapes[1] is model.variables
+    assert described(shapes[::2]) == described((start().routers, trainer._plan(1, 2)[0]))
+    assert described(trainer.abstract_state) == described(start())
 
 
 def test_a_step_that_is_not_finite_is_left_out(model, trainer, start):
@@ -222,7 +223,7 @@ def gains_of(random_elastic):
         return dataclasses.replace(zeros, output_bias=jnp.full_like(router.output_bias, BELOW))
 
     routers = jax.tree.map(flat, routers_of(model.variables), is_leaf=lambda node: isinstance(node, Router))
-    gradients = jax.jit(trainer._gradients)
+    gradients = trainer._gradients
 
     def measure(bits, draws):
         found = [gradients(routers, model.variables, (tokens, np.float32(bits), np.uint32(n))) for n in range(draws)]

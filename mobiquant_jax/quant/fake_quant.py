@@ -15,6 +15,7 @@ LAST_POSITION = 255.996
 """The end of the grid, just below 256: a weight there is inside the last bin and keeps its gradient."""
 
 
+@jax.jit  # a model's linears share a trace of each shape
 def fake_quantize(
     weight: Float[Array, "in out"], clipping: Clipping, width: int | Int[Array, ""]
 ) -> Float[Array, "in out"]:

@@ -1,6 +1,7 @@
 """``SlicedWeight``: one linear kernel stored once, as bit planes that are read from the top down."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 
 import jax
@@ -67,6 +68,7 @@ class SlicedWeight:
             codes |= unpack(plane, bits, self.in_features) << (CODE_BITS - width)
         return codes
 
+    @partial(jax.jit, static_argnames="depth")  # a model's linears share a trace of each shape
     def dequantize(self, depth: int) -> Float[Array, "in out"]:
         """Weights read with the first ``depth`` slices.
 

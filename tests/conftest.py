@@ -26,6 +26,11 @@ if version("jax").startswith("0.10."):  # later versions may lack these flags
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"  # a third of the compilation time on CPUs
     # Splitting programs over threads takes time too, and the other worker has the other cores: about a sixth less.
     os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
+    # Passes that move work out of loops, for programs that run for long: all others run again after each of them.
+    loops = "simplify-while-loops,while-loop-invariant-code-motion,while-loop-constant-sinking"
+    os.environ["XLA_FLAGS"] += f" --xla_disable_hlo_passes={loops}"
+# XLA's compiler frees what it has just allocated: a sixth of its time with glibc's own settings. For what is started.
+os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.mxfast=0:glibc.malloc.tcache_count=1000")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # What one process has compiled, pytest's other workers and the scripts that tests start read: it halves the time.
     # The folder lives as long as the process that made it, the one that starts the others.

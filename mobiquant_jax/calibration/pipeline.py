@@ -15,7 +15,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import jax
@@ -96,14 +96,7 @@ class Calibrator:
         self.elastic.check_model(self.config)
         self.placement.check(**cal.batches)
         with jax.set_mesh(self.mesh):
-            trainer = _TRAINERS[cal.streams](
-                config=self.config,
-                elastic=self.elastic,
-                calibration=cal,
-                samples=Samples.create(cal),
-                dtype=jnp.dtype(cal.dtype),
-                mesh=self.mesh,
-            )
+            trainer = _block_trainer(self.config, self.elastic, cal, self.mesh)
             self._train_blocks(trainer, params, windows)
             stages = ModelStages(
                 config=self.config,
@@ -258,3 +251,18 @@ class Calibrator:
             return jax.jit(self._folded)(dense["layers"], scales)
 
         return stages.tune(dense, trained=trained, packed=partial(self._packed_blocks, trainer), scaled=scaled)
+
+
+@cache
+def _block_trainer(
+    config: LlamaConfig, elastic: ElasticConfig, calibration: CalibrationConfig, mesh: Mesh
+) -> BlockTrainer:
+    """One for all runs of a process with these settings: none compiles, or traces, what another one has."""
+    return _TRAINERS[calibration.streams](
+        config=config,
+        elastic=elastic,
+        calibration=calibration,
+        samples=Samples.create(calibration),
+        dtype=jnp.dtype(calibration.dtype),
+        mesh=mesh,
+    )

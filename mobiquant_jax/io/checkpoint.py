@@ -17,6 +17,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -298,6 +299,12 @@ def abstract_variables(config: LlamaConfig, elastic: ElasticConfig) -> Variables
         ValueError: the group size does not divide a linear's inputs.
     """
     elastic.check_model(config)
+    return jax.tree.map(lambda leaf: leaf, _abstract_variables(config, elastic))  # the caller's own
+
+
+@cache
+def _abstract_variables(config: LlamaConfig, elastic: ElasticConfig) -> Variables:
+    """Traces the model, which takes a second."""
     model = ElasticModel(config=config, elastic=elastic, variables={})
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     variables = jax.eval_shape(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Int
+from jaxtyping import Int
 
 from mobiquant_jax import distributed
 from mobiquant_jax.calibration.config import CalibrationConfig
@@ -25,12 +25,11 @@ from mobiquant_jax.calibration.routed_tuning import RoutedTrainer
 from mobiquant_jax.calibration.routers import Routers, RouterState, RouterTrainer, routers_of, with_routers
 from mobiquant_jax.calibration.run_dir import FINE, ROUTED, ROUTER, SLICE, TUNING, RunDir
 from mobiquant_jax.calibration.slice_tuning import SliceTuner
-from mobiquant_jax.calibration.thresholds import collect_scores, record_thresholds, shared_thresholds
+from mobiquant_jax.calibration.thresholds import record_thresholds, scores_at_depth, shared_thresholds
 from mobiquant_jax.calibration.tiers import lower_from, shift_below
 from mobiquant_jax.models import LlamaConfig
 from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel, Variables
 from mobiquant_jax.quant import CODE_BITS, widths
-from mobiquant_jax.routing import UniformDepth
 from mobiquant_jax.sharding import Placement
 
 
@@ -275,23 +274,14 @@ class ModelStages:
             ValueError: scores that are not finite.
         """
         tokens = self.placement.put_batch(recorded)
+        too_high = jax.jit(shift_below, out_shardings=self.placement.replicated)
         for border in range(1, depth - 1):
-            by = float(self._too_high(routers, model.variables, tokens, self.placement.put_whole(np.int32(border))))
+            scores = scores_at_depth(model, with_routers(model.variables, routers), tokens, border + 1)
+            by = float(too_high(scores, self.placement.put_whole(np.int32(border))))
             if not np.isfinite(by):
                 raise ValueError(f"the routers' scores are not finite: those of slice {border + 2} are {by} too high")
             routers = lower_from(routers, by, border)
         return routers
-
-    @cached_property
-    def _too_high(self) -> Callable[..., Array]:
-        """Jitted ``(routers, variables, tokens, border)`` to what `shift_below` tells; one program for the run."""
-        model = ElasticModel(config=self.config, elastic=self.elastic, variables={}, placement=self.placement)
-
-        def measure(routers: Routers, variables: Variables, tokens: Int[Array, "n T"], border: Int[Array, ""]) -> Array:
-            before = UniformDepth(depth=border[None] + 1)
-            return shift_below(collect_scores(model, with_routers(variables, routers), tokens, before), border)
-
-        return jax.jit(measure, out_shardings=self.placement.replicated)
 
     def _generated(self, params: Params) -> Int[np.ndarray, "G T"]:
         """The windows that the unquantized model wrote: those of the run's folder, so that it resumes with the same."""

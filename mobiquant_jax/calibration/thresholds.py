@@ -6,12 +6,13 @@ budget, from the first layer to the last.
 
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from mobiquant_jax.models import LlamaConfig
@@ -99,14 +100,13 @@ def _record_global(
         found = _finite_threshold(flat, bits, elastic.slice_bits, weights)
         return _in_gap(found, flat, bits, elastic.slice_bits)
 
-    def first(variables: Variables, tokens: Int[Array, "n T"]) -> Scores:
-        return collect_scores(model, variables, tokens, UniformDepth(depth=jnp.array([len(elastic.slice_bits)])))
-
     def column(
         variables: Variables, tokens: Int[Array, "n T"], scores: Scores, bits: Float[Array, ""]
     ) -> tuple[Float[Array, ""], Scores]:
-        for _ in range(RUNS):
-            scores = collect_scores(model, variables, tokens, FixedThreshold(threshold=pooled(scores, bits)))
+        def run(_: int, scores: Scores) -> Scores:
+            return collect_scores(model, variables, tokens, FixedThreshold(threshold=pooled(scores, bits)))
+
+        scores = jax.lax.fori_loop(0, RUNS, run, scores)
         return pooled(scores, bits), scores
 
     def everywhere(threshold: Float[Array, ""]) -> Any:
@@ -114,7 +114,7 @@ def _record_global(
 
     extreme = jax.jit(pooled, out_shardings=placement.replicated)
     compiled = jax.jit(column, donate_argnums=2, out_shardings=(placement.replicated, None))
-    scores = jax.jit(first)(model.variables, tokens)
+    scores = scores_at_depth(model, model.variables, tokens, len(elastic.slice_bits))
     lowest, *inner, highest = elastic.budget_grid
     yield highest, everywhere(extreme(scores, np.float32(highest)))
     for bits in reversed(inner):
@@ -137,10 +137,8 @@ def shared_thresholds(
     """
     assert model.elastic is not None, "only an elastic model has routers"
     slice_bits = model.elastic.slice_bits[:depth]
-    middle = UniformDepth(depth=jnp.array([(depth + 1) // 2]))
 
-    def thresholds(variables: Variables, tokens: Int[Array, "n T"], budgets: Float[Array, " budgets"]) -> Array:
-        scores = collect_scores(model, variables, tokens, middle)
+    def thresholds(scores: Scores, budgets: Float[Array, " budgets"]) -> Array:
         flat, weights = pool(model.config, {path: s[..., : depth - 1] for path, s in scores.items()})
 
         def at(bits: Float[Array, ""]) -> Float[Array, ""]:
@@ -149,10 +147,9 @@ def shared_thresholds(
         return jax.lax.map(at, budgets)
 
     placement = model.placement or Placement.create(one_device(), model.config, model.elastic)
+    scores = scores_at_depth(model, model.variables, placement.put_batch(windows), (depth + 1) // 2)
     compiled = jax.jit(thresholds, out_shardings=placement.replicated)
-    return jax.device_get(
-        compiled(model.variables, placement.put_batch(windows), placement.put_whole(np.asarray(budgets, np.float32)))
-    )
+    return jax.device_get(compiled(scores, placement.put_whole(np.asarray(budgets, np.float32))))
 
 
 def pool(config: LlamaConfig, scores: Scores) -> tuple[Float[Array, "n E-1"], Float[Array, " n"]]:
@@ -160,6 +157,26 @@ def pool(config: LlamaConfig, scores: Scores) -> tuple[Float[Array, "n E-1"], Fl
     sizes = {path: float(rows * columns) for path, (rows, columns) in config.linear_shapes().items()}
     flat = jnp.concatenate([s.reshape(-1, s.shape[-1]) for s in scores.values()])
     return flat, jnp.concatenate([jnp.full(s.size // s.shape[-1], sizes[path]) for path, s in scores.items()])
+
+
+def scores_at_depth(model: ElasticModel, variables: Variables, tokens: Int[Array, "n T"], depth: int) -> Scores:
+    """`collect_scores` where every token reads so many slices: one program for all depths, and for all such models."""
+    assert model.elastic is not None, "only an elastic model has routers"
+    placement = model.placement or Placement.create(one_device(), model.config, model.elastic)
+    program = _depth_program(model.config, model.elastic, model.placement, jnp.dtype(model.dtype))
+    return program(variables, tokens, placement.put_whole(np.array([depth], np.int32)))
+
+
+@cache
+def _depth_program(
+    config: LlamaConfig, elastic: ElasticConfig, placement: Placement | None, dtype: DTypeLike
+) -> Callable[..., Scores]:
+    model = ElasticModel(config=config, elastic=elastic, variables={}, dtype=dtype, placement=placement)
+
+    def scores(variables: Variables, tokens: Int[Array, "n T"], depth: Int[Array, "1"]) -> Scores:
+        return collect_scores(model, variables, tokens, UniformDepth(depth=depth))
+
+    return jax.jit(scores)
 
 
 def collect_scores(model: ElasticModel, variables: Variables, tokens: Int[Array, "n T"], policy: Policy) -> Scores:

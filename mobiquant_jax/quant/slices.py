@@ -109,6 +109,7 @@ def unpack(words: UInt32[Array, "words out"], bits: int, in_features: int) -> UI
     return fields.astype(jnp.uint8).reshape(-1, words.shape[1])[:in_features]
 
 
+@partial(jax.jit, static_argnames="slice_bits")  # as above
 def slice_codes(
     codes: UInt8[Array, "in out"],
     scale: Float[Array, "groups out"],

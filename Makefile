@@ -11,12 +11,16 @@ SEEDS ?= 0 1 2
 SOURCES := --config.model.source=$(MODEL) --config.data.source=file:$(TEXTS)/c4.txt,$(TEXTS)/valid.txt
 SCORED := --text=wikitext2=file:$(TEXTS)/test.txt --text=wikipedia:64=file:$(TEXTS)/wikipedia.txt
 
-.PHONY: demo test lint quality clean
+.PHONY: demo test pytest lint quality clean
 
 demo: $(READY)
 	$(BIN)/python experiments/calibrate.py --config=configs/smollm2_135m.py
 
-test: lint
+# Type checking has one core for more than a minute: tests begin meanwhile.
+test: $(READY)
+	@$(MAKE) --no-print-directory -j 2 lint pytest
+
+pytest: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder
 
 lint: $(READY)

@@ -15,7 +15,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache, cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import jax
@@ -253,7 +253,7 @@ class Calibrator:
         return stages.tune(dense, trained=trained, packed=partial(self._packed_blocks, trainer), scaled=scaled)
 
 
-@cache
+@lru_cache(maxsize=8)
 def _block_trainer(
     config: LlamaConfig, elastic: ElasticConfig, calibration: CalibrationConfig, mesh: Mesh
 ) -> BlockTrainer:

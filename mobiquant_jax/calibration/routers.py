@@ -8,7 +8,7 @@ predictions, and goes backward once: every score gets the gradient of its likeli
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import jax
@@ -146,7 +146,7 @@ class RouterTrainer:
             for batch in plan:
                 state, finite = self._update(state, self._gradients(state.routers, variables, batch))
                 healthy.append(finite)
-        return state, all(bool(finite) for finite in healthy)
+        return state, all(jax.device_get(healthy))
 
     @property
     def abstract_step(self) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
@@ -252,7 +252,7 @@ class RouterTrainer:
         return jax.jit(update, donate_argnums=0, out_shardings=(self._state_shardings, self.placement.replicated))
 
 
-@cache
+@lru_cache(maxsize=8)
 def _gradients_of(
     config: LlamaConfig, elastic: ElasticConfig, placement: Placement | None, dtype: DTypeLike
 ) -> jax.stages.Wrapped:

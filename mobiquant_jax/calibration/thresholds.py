@@ -6,7 +6,7 @@ budget, from the first layer to the last.
 
 import math
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -167,7 +167,7 @@ def scores_at_depth(model: ElasticModel, variables: Variables, tokens: Int[Array
     return program(variables, tokens, placement.put_whole(np.array([depth], np.int32)))
 
 
-@cache
+@lru_cache(maxsize=8)
 def _depth_program(
     config: LlamaConfig, elastic: ElasticConfig, placement: Placement | None, dtype: DTypeLike
 ) -> Callable[..., Scores]:

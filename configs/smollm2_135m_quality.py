@@ -4,7 +4,8 @@
 
 Needs: the model of smollm2_135m.py, a GPU, and two text files: one to calibrate on, one to score.
 Expect: one elastic checkpoint in ``runs/smollm2_135m_quality``. On H200s, a seed a card, calibration took 498 s and
-10.5 GB of a card at fc61644; README has the perplexities.
+10.5 GB of a card at fc61644. Its perplexities on the validation text are in results/candidates.json; README's tables
+are those of 766e31a.
 
 Channels are scaled first. Only widths of up to 4 bits are trained end to end, two thirds on text that the model writes
 itself: first all tokens of a step at one width, then weights and routers together (`calibration/routed_tuning.py`),

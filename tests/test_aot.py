@@ -124,13 +124,13 @@ def test_training_is_split_over_the_mesh_and_gives_back_the_state_it_takes():
         assert local_bytes(program.arguments) < whole / (2 if program.name == "fitting" else 3)
         with jax.set_mesh(mesh):
             results.append(jax.eval_shape(program.function, *program.arguments))
-    (params, _, healthy), (tuned, divergences, _), (routed, fewer, _), (alone, _, _), fitted = results
+    (params, _, healthy), (tuned, divergences, _), (routed, fewer, _), (alone, _, _), (fitted, _) = results
     assert params["mlp"]["up_proj"]["kernel"].shape == (64, 128) and healthy.shape == ()
     assert tuned.params["mlp"]["up_proj"]["kernel"].shape == (2, 64, 128) and divergences.shape == (16 // 4,)
     assert fewer.shape == ((16 - 4) // 4,)  # without the windows that thresholds are recorded on
     assert shapes(routed.params) == shapes(tuned.params)
     assert alone.params["mlp"]["up_proj"]["position"].shape == (2, 64, 128)
-    assert fitted["mlp"]["up_proj"]["router"].hidden.shape == (2, 64, 8)  # gradients
+    assert fitted.routers["mlp"]["up_proj"]["router"].hidden.shape == (2, 64, 8)
     for result, program in zip((tuned, routed, alone, fitted), programs[1:], strict=True):
         assert shapes(result) == shapes(program.arguments[0])
 

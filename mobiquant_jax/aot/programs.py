@@ -46,7 +46,7 @@ class Program:
 def training_programs(
     config: LlamaConfig, elastic: ElasticConfig, calibration: CalibrationConfig, mesh: Mesh
 ) -> list[Program]:
-    """An epoch of each part of a recipe, or of fitting a step, in bfloat16 with float32 parameters.
+    """An epoch of each part of a recipe, of fitting a step, in bfloat16 with float32 parameters.
 
     Returns:
         ``calibration``, the last stage of one block's training; ``tuning`` of all blocks, ``routed`` of blocks and

@@ -126,6 +126,7 @@ class CalibrationConfig:
 
     def __post_init__(self) -> None:
         """Checks every field that can be checked without a model."""
+        object.__setattr__(self, "budgets", tuple(self.budgets))  # settings are keys of what is compiled
         _one_of("calibration.recipe", self.recipe, RECIPES)
         _one_of("calibration.loss", self.loss, LOSSES)
         _one_of("calibration.streams", self.streams, STREAMS)

@@ -10,7 +10,7 @@ The logarithm gives every width the same pull: at 2 bits the divergence is a hun
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -134,7 +134,7 @@ class Distiller:
     @cached_property
     def abstract_dense(self) -> Params:
         """Shapes and types of the unquantized model's parameters."""
-        return _abstract_dense(self.config)
+        return jax.tree.map(lambda leaf: leaf, _abstract_dense(self.config))  # the caller's own
 
     @property
     def abstract_epoch(self) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
@@ -221,7 +221,7 @@ class Distiller:
         return jnp.log(divergence + 1e-6) + self.penalty(state.get("stats"), drawn), divergence
 
 
-@cache
+@lru_cache(maxsize=8)
 def _abstract_dense(config: LlamaConfig) -> Params:
     """The same for all stages of a run, each of which would trace the model for it."""
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)

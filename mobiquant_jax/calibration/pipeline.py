@@ -257,7 +257,10 @@ class Calibrator:
 def _block_trainer(
     config: LlamaConfig, elastic: ElasticConfig, calibration: CalibrationConfig, mesh: Mesh
 ) -> BlockTrainer:
-    """One for all runs of a process with these settings: none compiles, or traces, what another one has."""
+    """One for all runs of a process with these settings, as in a notebook: none compiles again what another one has.
+
+    It has no state but its programs.
+    """
     return _TRAINERS[calibration.streams](
         config=config,
         elastic=elastic,

@@ -26,7 +26,7 @@ from mobiquant_jax.models import Llama, LlamaConfig
 from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel, Variables
 from mobiquant_jax.quant import CODE_BITS, widths
 from mobiquant_jax.routing import RandomDepth, Router
-from mobiquant_jax.sharding import Placement, one_device
+from mobiquant_jax.sharding import Placement
 
 Routers = dict[str, dict[str, dict[str, Router]]]
 """``{part: {name: {"router": Router}}}``, each array with a leading layer axis."""
@@ -106,10 +106,10 @@ class RouterTrainer:
     kept: int = 0
     most_bits: float = CODE_BITS
 
-    @cached_property
+    @property
     def placement(self) -> Placement:
         """Where every array lies."""
-        return self.model.placement or Placement.create(one_device(), self.model.config, self.model.elastic)
+        return self.model.placed
 
     @cached_property
     def abstract_state(self) -> RouterState:
@@ -144,20 +144,23 @@ class RouterTrainer:
         plan = self._plan(index + 1, self._steps)
         with jax.transfer_guard("disallow"):
             for batch in plan:
-                state, finite = self._update(state, self._gradients(state.routers, variables, batch))
+                state, finite = self._step(state, variables, batch)
                 healthy.append(finite)
         return state, all(jax.device_get(healthy))
 
     @property
     def abstract_step(self) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
-        """What a step runs but for the update, with its arguments' shapes and shardings; a model of shapes will do."""
+        """A step as one program, and its arguments as shapes, types and shardings; a model of shapes will do."""
         shape, whole = (self.calibration.fit_batch_size, self.windows.shape[1]), self.placement.replicated
         batch = (
             jax.ShapeDtypeStruct(shape, self.windows.dtype, sharding=self.placement.batched(shape)),
             jax.ShapeDtypeStruct((), jnp.float32, sharding=whole),
             jax.ShapeDtypeStruct((), jnp.uint32, sharding=whole),
         )
-        return self._gradients, (self.abstract_state.routers, self.model.variables, batch)
+        return jax.jit(self._step, donate_argnums=0), (self.abstract_state, self.model.variables, batch)
+
+    def _step(self, state: RouterState, variables: Variables, batch: Batch) -> tuple[RouterState, Array]:
+        return self._update(state, self._gradients(state.routers, variables, batch))
 
     @property
     def _state_shardings(self) -> RouterState:

@@ -14,8 +14,8 @@ were before they were tuned for few bits.
 But where linears read them one after the other, as routers have it between two widths, those that do are no longer what
 the others were tuned with: of SmolLM2-135M at 4 bits, perplexity rises by 2.1 % where its attention alone reads 6. The
 attention's may start from its tuned weights instead (``calibration.fine_tuned_attention``): it rose by 1.4 % then, and
-SmolLM2 was better at all bits above 4, by up to 1.7 % (``results/candidates.json``). A model of 260 thousand parameters
-was 1 to 2 % worse (``results/fine_slices.json``).
+one seed of SmolLM2 was better at all bits above 4, by 0.1 to 1.7 % (``results/candidates.json``). A model of 260
+thousand parameters was 1 to 2 % worse (``results/fine_slices.json``).
 """
 
 from collections.abc import Callable

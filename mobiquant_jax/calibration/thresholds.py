@@ -26,7 +26,7 @@ from mobiquant_jax.routing import (
     prefix_scores,
     threshold_for_bits,
 )
-from mobiquant_jax.sharding import Placement, one_device
+from mobiquant_jax.sharding import Placement
 
 RUNS = 2
 
@@ -58,7 +58,7 @@ def record_thresholds(
     """
     if model.elastic is None:
         raise ValueError("an unquantized model has no thresholds to record")
-    placement = model.placement or Placement.create(one_device(), model.config, model.elastic)
+    placement = model.placed
     tokens = placement.put_batch(windows)
     record = _record_linear if scope == "linear" else _record_global
     columns = {}
@@ -146,7 +146,7 @@ def shared_thresholds(
 
         return jax.lax.map(at, budgets)
 
-    placement = model.placement or Placement.create(one_device(), model.config, model.elastic)
+    placement = model.placed
     scores = scores_at_depth(model, model.variables, placement.put_batch(windows), (depth + 1) // 2)
     compiled = jax.jit(thresholds, out_shardings=placement.replicated)
     return jax.device_get(compiled(scores, placement.put_whole(np.asarray(budgets, np.float32))))
@@ -162,7 +162,7 @@ def pool(config: LlamaConfig, scores: Scores) -> tuple[Float[Array, "n E-1"], Fl
 def scores_at_depth(model: ElasticModel, variables: Variables, tokens: Int[Array, "n T"], depth: int) -> Scores:
     """`collect_scores` where every token reads so many slices: one program for all depths, and for all such models."""
     assert model.elastic is not None, "only an elastic model has routers"
-    placement = model.placement or Placement.create(one_device(), model.config, model.elastic)
+    placement = model.placed
     program = _depth_program(model.config, model.elastic, model.placement, jnp.dtype(model.dtype))
     return program(variables, tokens, placement.put_whole(np.array([depth], np.int32)))
 

@@ -17,7 +17,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Iterator
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -302,7 +302,7 @@ def abstract_variables(config: LlamaConfig, elastic: ElasticConfig) -> Variables
     return jax.tree.map(lambda leaf: leaf, _abstract_variables(config, elastic))  # the caller's own
 
 
-@cache
+@lru_cache(maxsize=8)
 def _abstract_variables(config: LlamaConfig, elastic: ElasticConfig) -> Variables:
     """Traces the model, which takes a second."""
     model = ElasticModel(config=config, elastic=elastic, variables={})

@@ -35,7 +35,7 @@ from mobiquant_jax.routing import (
     mask_depth,
     score,
 )
-from mobiquant_jax.sharding import Placement
+from mobiquant_jax.sharding import Placement, one_device
 
 Variables = dict[str, Any]
 DENSE_BITS = 32.0  # what an unquantized model reports as its tokens' bits
@@ -168,6 +168,11 @@ class ElasticModel:
     def is_elastic(self) -> bool:
         """Whether ``bits`` has an effect."""
         return self.elastic is not None
+
+    @cached_property
+    def placed(self) -> Placement:
+        """Where its arrays lie: its placement, or one device."""
+        return self.placement or Placement.create(one_device(), self.config, self.elastic)
 
     @cached_property
     def module(self) -> Llama:

@@ -109,7 +109,6 @@ def unpack(words: UInt32[Array, "words out"], bits: int, in_features: int) -> UI
     return fields.astype(jnp.uint8).reshape(-1, words.shape[1])[:in_features]
 
 
-@partial(jax.jit, static_argnames="slice_bits")  # as above
 def slice_codes(
     codes: UInt8[Array, "in out"],
     scale: Float[Array, "groups out"],
@@ -122,6 +121,16 @@ def slice_codes(
         ValueError: if ``slice_bits`` does not cut the 8-bit code.
     """
     check_slice_bits(slice_bits)
+    return _cut(codes, scale, zero, tuple(slice_bits))
+
+
+@partial(jax.jit, static_argnums=3)  # a model's linears share a trace of each shape
+def _cut(
+    codes: UInt8[Array, "in out"],
+    scale: Float[Array, "groups out"],
+    zero: Float[Array, "groups out"],
+    slice_bits: tuple[int, ...],
+) -> SlicedWeight:
     planes = tuple(
         pack((codes >> (CODE_BITS - width)) & (2**bits - 1), bits)
         for bits, width in zip(slice_bits, widths(slice_bits), strict=True)
@@ -131,7 +140,7 @@ def slice_codes(
         scale=scale.astype(jnp.bfloat16),
         zero=zero.astype(jnp.int16),
         in_features=codes.shape[0],
-        slice_bits=tuple(slice_bits),
+        slice_bits=slice_bits,
     )
 
 

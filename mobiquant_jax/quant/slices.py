@@ -68,7 +68,7 @@ class SlicedWeight:
             codes |= unpack(plane, bits, self.in_features) << (CODE_BITS - width)
         return codes
 
-    @partial(jax.jit, static_argnames="depth")  # a model's linears share a trace of each shape
+    @partial(jax.jit, static_argnames="depth", inline=True)  # a model's linears share a trace of each shape
     def dequantize(self, depth: int) -> Float[Array, "in out"]:
         """Weights read with the first ``depth`` slices.
 
@@ -124,7 +124,7 @@ def slice_codes(
     return _cut(codes, scale, zero, tuple(slice_bits))
 
 
-@partial(jax.jit, static_argnums=3)  # a model's linears share a trace of each shape
+@partial(jax.jit, static_argnums=3, inline=True)  # a model's linears share a trace of each shape
 def _cut(
     codes: UInt8[Array, "in out"],
     scale: Float[Array, "groups out"],

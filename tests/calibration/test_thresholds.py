@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mobiquant_jax.calibration import record_thresholds, thresholds
-from mobiquant_jax.calibration.thresholds import collect_scores, shared_thresholds
+from mobiquant_jax.calibration.thresholds import collect_scores, scores_at_depth, shared_thresholds
 from mobiquant_jax.models import Llama
 from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel
 from mobiquant_jax.routing import FixedThreshold, TableBudget, UniformDepth
@@ -51,6 +51,19 @@ def tables(variables):
     """The recorded table ``[L, grid]`` of every linear."""
     layers = variables["routing"]["layers"]
     return {f"{part}/{name}": np.asarray(layers[part][name]["thresholds"]) for part in layers for name in layers[part]}
+
+
+def test_scores_of_every_depth_are_those_of_tokens_that_read_it(model, sown):
+    """One program for all depths; what a token reads changes the scores of the layers behind."""
+    found = {depth: scores_at_depth(model, model.variables, WINDOWS, depth) for depth in (1, 2, 4)}
+    for depth, scores in found.items():
+        wanted = sown(model.variables, UniformDepth(depth=jnp.array([depth])))
+        for path, (want, _) in wanted.items():
+            got = np.moveaxis(np.asarray(scores[path]), 1, 0).reshape(want.shape)  # from [steps, L, devices, T, E-1]
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    assert np.any(np.abs(found[1]["mlp/down_proj"] - found[4]["mlp/down_proj"]) > 1e-2)
+    key = model.config, model.elastic, model.placement, jnp.dtype(model.dtype)
+    assert thresholds._depth_program(*key)._cache_size() == 1
 
 
 def lower_from_two(path, leaf):

@@ -53,9 +53,10 @@ class CalibrationConfig:
         fine_above: bits of a code that these two stages train, at budgets of up to so many only; then the slices
             beyond start from the unquantized weights. With 8 all slices are trained together.
         fine_tuned_attention: whether those of the attention start from its tuned weights instead; see `slice_tuning`.
-        slice_epochs: epochs of tuning each slice alone after them, from the second on, the coarser ones final; see
-            `slice_tuning`. Batches, windows and saves, here and for the finer slices, are as in end-to-end tuning; the
-            weights before it stay in memory until the last slice starts.
+        slice_epochs: epochs of tuning each slice alone after them, from the second on, the coarser ones final, for all
+            reads of up to ``fine_above`` bits that it is part of; see `slice_tuning`. Batches, windows and saves, here
+            and for the finer slices, are as in end-to-end tuning; the weights before it stay in memory until the last
+            slice starts.
         slice_lr: peak learning rate in it, in steps of the code that the slice completes.
         fine_epochs: epochs of tuning the slices beyond ``fine_above`` alone, all of them together.
         fine_lr: peak learning rate of those, in steps of the 8-bit code.

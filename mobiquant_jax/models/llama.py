@@ -19,7 +19,7 @@ from mobiquant_jax.models.config import LlamaConfig
 from mobiquant_jax.models.kv_cache import KVCache, LayerCache
 from mobiquant_jax.models.layers import DenseLinear, RMSNorm, project, swiglu
 from mobiquant_jax.models.rope import apply_rope, inverse_frequencies
-from mobiquant_jax.sharding import constrain_batch, constrain_rows
+from mobiquant_jax.sharding import constrain_batch, look_up
 
 LinearFactory = Callable[..., nn.Module]
 
@@ -261,8 +261,7 @@ class Llama(nn.Module):
             The residual stream that enters the first block.
         """
         with jax.named_scope("embed"):
-            rows = jnp.take(constrain_rows(self.embedder.embedding), tokens, axis=0)
-            return constrain_batch(rows.astype(self.dtype))
+            return constrain_batch(look_up(self.embedder.embedding, tokens).astype(self.dtype))
 
     def unembed(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Apply the final norm and the head.

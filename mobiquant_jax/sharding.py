@@ -338,17 +338,18 @@ class Placement:
 def look_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """A table's rows of tokens; under ``jax.set_mesh`` the compiler is told what to gather.
 
-    A token's row is needed whole, and on other devices than those that split the table. Of many tokens, the table is
-    gathered along its width: looked up first, the rows of all tokens would be put together on every device. That is
-    less than the table where tokens are few, as in decoding.
+    A token's row is needed whole, and on other devices than those that split the table. Of many tokens, a device's rows
+    of the table are gathered along their width: looked up first, the rows of all tokens would be put together on every
+    device. That is less where tokens are few, as in decoding.
     """
     mesh = _auto_mesh()
     if mesh is None:
         return jnp.take(table, tokens, axis=0)
-    if tokens.size < table.shape[0]:
+    shards = math.prod(mesh.shape[axis] for axis in RULES["vocab"])
+    axes = RULES["vocab"] if table.shape[0] % shards == 0 else None
+    if tokens.size < table.shape[0] // (shards if axes else 1):
         return jax.lax.with_sharding_constraint(jnp.take(table, tokens, axis=0), P())
-    rows = RULES["vocab"] if table.shape[0] % math.prod(mesh.shape[axis] for axis in RULES["vocab"]) == 0 else None
-    return jnp.take(jax.lax.with_sharding_constraint(table, P(rows, None)), tokens, axis=0)
+    return jnp.take(jax.lax.with_sharding_constraint(table, P(axes, None)), tokens, axis=0)
 
 
 def _auto_mesh() -> AbstractMesh | None:

@@ -18,7 +18,7 @@ from mobiquant_jax.calibration.linears import trainable
 from mobiquant_jax.calibration.samples import Samples
 from mobiquant_jax.calibration.slice_tuning import SliceTuner
 from mobiquant_jax.io import save_hf
-from mobiquant_jax.io.checkpoint import load_checkpoint
+from mobiquant_jax.io.checkpoint import load_checkpoint, load_tree
 from mobiquant_jax.models import Llama
 from mobiquant_jax.models.elastic import ElasticConfig
 from mobiquant_jax.sharding import job_mesh
@@ -115,6 +115,13 @@ def metrics(run):
     return losses, [row["bits"] for row in rows if "bits" in row]
 
 
+def assert_close(found, wanted):
+    """Trees of the same leaves, within 1e-5 of each other."""
+    for (path, leaf), other in zip(jax.tree_util.tree_leaves_with_path(wanted), jax.tree.leaves(found), strict=True):
+        other, leaf = np.asarray(other, np.float64), np.asarray(leaf, np.float64)
+        np.testing.assert_allclose(other, leaf, rtol=1e-5, atol=1e-5, err_msg=jax.tree_util.keystr(path))
+
+
 def assert_alike(run, variables, wanted_run, wanted):
     """Losses and checkpoint within 1e-5 of each other, depths and codes the same."""
     (losses, bits), (wanted_losses, wanted_bits) = metrics(run), metrics(wanted_run)
@@ -122,24 +129,36 @@ def assert_alike(run, variables, wanted_run, wanted):
     np.testing.assert_allclose(thresholds(run), thresholds(wanted_run), rtol=1e-5)
     np.testing.assert_allclose(losses, wanted_losses, rtol=1e-5)
     np.testing.assert_array_equal(bits, wanted_bits)
-    for (path, leaf), other in zip(
-        jax.tree_util.tree_leaves_with_path(wanted), jax.tree.leaves(variables), strict=True
-    ):
-        other, leaf = np.asarray(other, np.float64), np.asarray(leaf, np.float64)
-        np.testing.assert_allclose(other, leaf, rtol=1e-5, atol=1e-5, err_msg=jax.tree_util.keystr(path))
+    assert_close(variables, wanted)
 
 
-def test_a_run_that_ends_on_eight_devices_continues_on_one(on_one, calibrate, runs):
-    """The first block is trained on eight, all else on one; end-to-end tuning on a mesh is the next test's."""
+def test_a_run_that_ends_on_eight_devices_continues_on_one(on_one, calibrate, runs, mesh_model, elastic):
+    """The first block is trained on eight, the second on one; what comes then is computed of the folder's content.
+
+    End-to-end tuning on a mesh is the last test's.
+    """
+    calibration = CalibrationConfig(**SECTIONS["calibration"])
 
     class EndingObserver(ConsoleObserver):
         def on_block(self, block, report, seconds):
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        calibrate("moved", SHAPE, EndingObserver())
-    assert [entry.name for entry in (runs / "moved" / "blocks").iterdir()] == ["000"]
-    assert_alike(runs / "moved", calibrate("moved", dict(data=1, fsdp=1, model=1)), runs / "one", on_one)
+    moved, one = (RunDir(path=runs / name) for name in ("moved", "one"))
+    for sizes, blocks in ((SHAPE, ["000"]), (dict(data=1, fsdp=1, model=1), ["000", "001"])):
+        with pytest.raises(KeyboardInterrupt):
+            calibrate("moved", sizes, EndingObserver())
+        assert sorted(entry.name for entry in moved.blocks.iterdir()) == blocks
+    trainer = BlockTrainer(
+        config=mesh_model[0], elastic=elastic, calibration=calibration, samples=Samples.create(calibration)
+    )
+    for index in range(2):
+        found, wanted = (load_tree(run.block(index), trainer.abstract_trained) for run in (moved, one))
+        assert_close(found, wanted)
+        assert_close(trainer.pack(found)["slices"], trainer.pack(wanted)["slices"])  # the same codes
+    assert_close(moved.load_scales(), one.load_scales())
+    (losses, bits), (wanted_losses, wanted_bits) = metrics(moved.path), metrics(one.path)
+    np.testing.assert_allclose(losses, wanted_losses[: 2 * 2], rtol=1e-5)
+    np.testing.assert_array_equal(bits, wanted_bits[:2])
 
 
 def test_the_finer_slices_start_alike_on_eight_devices(mesh_model, elastic):

@@ -20,17 +20,17 @@ def stack_blocks(blocks: Iterable[Params], count: int, placement: Placement) -> 
     """
     remaining = iter(blocks)
     first = next(remaining)
-    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype), first)
-    shardings = placement.shardings(like)
-
-    def empty() -> Params:
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
-
-    def insert(stack: Params, block: Params, index: jax.Array) -> Params:
-        return jax.tree.map(lambda rows, row: rows.at[index].set(row), stack, block)
-
-    insert_jit = jax.jit(insert, donate_argnums=0, out_shardings=shardings)
-    stack = insert_jit(jax.jit(empty, out_shardings=shardings)(), first, np.int32(0))
+    shardings = placement.shardings(jax.eval_shape(lambda: _repeated(first, count)))
+    stack = jax.jit(_repeated, static_argnums=1, out_shardings=shardings)(first, count)
+    insert = jax.jit(_insert, donate_argnums=0, out_shardings=shardings)
     for index, block in enumerate(remaining, start=1):
-        stack = insert_jit(stack, block, np.int32(index))
+        stack = insert(stack, block, np.int32(index))
     return stack
+
+
+def _repeated(block: Params, count: int) -> Params:
+    return jax.tree.map(lambda row: jnp.broadcast_to(row, (count, *row.shape)), block)
+
+
+def _insert(stack: Params, block: Params, index: jax.Array) -> Params:
+    return jax.tree.map(lambda rows, row: jax.lax.dynamic_update_index_in_dim(rows, row, index, 0), stack, block)

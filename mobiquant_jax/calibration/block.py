@@ -18,13 +18,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from mobiquant_jax.calibration import shapes
 from mobiquant_jax.calibration.block_functions import BlockFunctions
 from mobiquant_jax.calibration.config import CalibrationConfig, Stage, stages
 from mobiquant_jax.calibration.flops import epoch_flops
-from mobiquant_jax.calibration.linears import Params, pack_block, trainable
+from mobiquant_jax.calibration.linears import Params, trainable
 from mobiquant_jax.calibration.optimizer import grouped_adamw
 from mobiquant_jax.calibration.samples import Samples, draw_widths, drawn_widths
-from mobiquant_jax.models import Block, LlamaConfig
+from mobiquant_jax.models import LlamaConfig
 from mobiquant_jax.models.elastic import ElasticConfig
 from mobiquant_jax.sharding import Placement, constrain_batch, one_device
 
@@ -156,24 +157,18 @@ class BlockTrainer:
     @cached_property
     def pack(self) -> Callable[[Params], Params]:
         """Jitted: trained parameters to the elastic block's variables."""
-        pack = partial(pack_block, config=self.config, elastic=self.elastic)
+        pack = shapes.packing(self.config, self.elastic)
         return jax.jit(pack, in_shardings=(self._param_shardings,), out_shardings=self._packed_shardings)
-
-    def abstract_params(self, dense: Params) -> Params:
-        """Shapes of what ``train`` returns for a block of these dense parameters."""
-        return jax.eval_shape(lambda p: trainable(p, self.config, self.elastic, jax.random.key(0)), dense)
 
     @cached_property
     def abstract_dense(self) -> Params:
         """Shapes, types and shardings of one dense block's parameters."""
-        x = jax.ShapeDtypeStruct((1, 2, self.config.hidden_size), jnp.float32)
-        init = jax.eval_shape(lambda x: Block(self.config).init(jax.random.key(0), x, jnp.zeros((1, 2), jnp.int32)), x)
-        return self.placement.abstract(init["params"])
+        return self.placement.abstract(shapes.of_block(shapes.dense_model(self.config)["layers"]))
 
     @cached_property
     def abstract_trained(self) -> Params:
         """Shapes, types and shardings of what ``train`` returns."""
-        return self.placement.abstract(self.abstract_params(self.abstract_dense))
+        return self.placement.abstract(shapes.of_block(shapes.trained_layers(self.config, self.elastic)))
 
     @cached_property
     def dense_block(self) -> Callable[..., Stream]:
@@ -223,8 +218,7 @@ class BlockTrainer:
 
     @cached_property
     def _packed_shardings(self) -> Any:
-        pack = partial(pack_block, config=self.config, elastic=self.elastic)
-        return self.placement.shardings(jax.eval_shape(pack, self.abstract_trained))
+        return self.placement.shardings(shapes.of_block(shapes.packed_layers(self.config, self.elastic)))
 
     @cached_property
     def _stream_shardings(self) -> Any:

@@ -10,7 +10,7 @@ The logarithm gives every width the same pull: at 2 bits the divergence is a hun
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from mobiquant_jax.calibration import shapes
 from mobiquant_jax.calibration.config import CalibrationConfig
 from mobiquant_jax.calibration.linears import Params, UniformWidth
 from mobiquant_jax.calibration.optimizer import guarded_update
@@ -134,7 +135,7 @@ class Distiller:
     @cached_property
     def abstract_dense(self) -> Params:
         """Shapes and types of the unquantized model's parameters."""
-        return jax.tree.map(lambda leaf: leaf, _abstract_dense(self.config))  # the caller's own
+        return shapes.dense_model(self.config)
 
     @property
     def abstract_epoch(self) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
@@ -219,11 +220,3 @@ class Distiller:
         logits, state = student(variables, tokens, self.control(drawn), mutable=["stats"])
         divergence = distillation_loss(logits, target)
         return jnp.log(divergence + 1e-6) + self.penalty(state.get("stats"), drawn), divergence
-
-
-@lru_cache(maxsize=8)
-def _abstract_dense(config: LlamaConfig) -> Params:
-    """The same for all stages of a run, each of which would trace the model for it."""
-    tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    params: Params = jax.eval_shape(lambda tokens: Llama(config).init(jax.random.key(0), tokens), tokens)["params"]
-    return params

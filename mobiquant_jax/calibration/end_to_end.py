@@ -14,8 +14,9 @@ import numpy as np
 import optax
 from jaxtyping import Int
 
+from mobiquant_jax.calibration import shapes
 from mobiquant_jax.calibration.distillation import Distiller
-from mobiquant_jax.calibration.linears import NestedLinear, Params, pack_block, trainable
+from mobiquant_jax.calibration.linears import NestedLinear, Params
 from mobiquant_jax.calibration.optimizer import grouped_adamw
 from mobiquant_jax.calibration.samples import draw_widths, spread_budgets
 
@@ -41,12 +42,7 @@ class EndToEndTrainer(Distiller):
     @cached_property
     def abstract_params(self) -> Params:
         """See `Distiller`."""
-
-        def make(layers: Params) -> Params:
-            keys = jax.random.split(jax.random.key(0), self.config.num_hidden_layers)
-            return jax.vmap(lambda dense, key: trainable(dense, self.config, self.elastic, key))(layers, keys)
-
-        return jax.eval_shape(make, self.abstract_dense["layers"])
+        return shapes.trained_layers(self.config, self.elastic)
 
     def draw_steps(self, rng: np.random.Generator) -> Int[np.ndarray, " steps"]:
         """See `Distiller`: at the budgets that no later stage trains."""
@@ -56,6 +52,5 @@ class EndToEndTrainer(Distiller):
     @cached_property
     def pack(self) -> Callable[[Params], Params]:
         """Jitted: stacked trainable parameters to the elastic blocks' variables."""
-        pack = jax.vmap(partial(pack_block, config=self.config, elastic=self.elastic))
-        packed = jax.eval_shape(pack, self.abstract_params)
-        return jax.jit(pack, out_shardings=self.placement.shardings(packed))
+        packed = self.placement.shardings(shapes.packed_layers(self.config, self.elastic))
+        return jax.jit(shapes.stacked_packing(self.config, self.elastic), out_shardings=packed)

@@ -24,7 +24,7 @@ thousand parameters was 1 to 2 % worse (``results/fine_slices.json``).
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import flax.linen as nn
@@ -35,10 +35,12 @@ import optax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from mobiquant_jax.calibration import shapes
 from mobiquant_jax.calibration.distillation import Distiller
-from mobiquant_jax.calibration.linears import Params, UniformWidth, pack_block, trainable
+from mobiquant_jax.calibration.linears import Params, UniformWidth
 from mobiquant_jax.calibration.optimizer import FINAL_RATE
 from mobiquant_jax.calibration.samples import spread_budgets
+from mobiquant_jax.models import LlamaConfig
 from mobiquant_jax.models.elastic import ElasticConfig
 from mobiquant_jax.models.layers import project
 from mobiquant_jax.quant import (
@@ -150,15 +152,7 @@ class SliceTuner(Distiller):
     @cached_property
     def abstract_params(self) -> Params:
         """See `Distiller`."""
-        return jax.eval_shape(self._positions, self._abstract_packed, self.abstract_dense["layers"])
-
-    @cached_property
-    def _abstract_packed(self) -> Params:
-        def make(dense: Params) -> Params:
-            params = trainable(dense, self.config, self.elastic, jax.random.key(0))
-            return pack_block(params, self.config, self.elastic)
-
-        return jax.eval_shape(jax.vmap(make), self.abstract_dense["layers"])
+        return _abstract_positions(self.config, self.elastic)
 
     def draw_steps(self, rng: np.random.Generator) -> Int[np.ndarray, " steps"]:
         """See `Distiller`."""
@@ -175,10 +169,7 @@ class SliceTuner(Distiller):
     @cached_property
     def begin(self) -> Callable[[Params, Params], Params]:
         """Jitted `positions` of the packed blocks, given the parameters of those that they start from."""
-        return jax.jit(self._positions, out_shardings=self.placement.shardings(self.abstract_params))
-
-    def _positions(self, layers: Params, weights: Params) -> Params:
-        return positions(layers, weights, self.final_width)
+        return jax.jit(_positions_of(self.final_width), out_shardings=self.placement.shardings(self.abstract_params))
 
     @cached_property
     def tuned_attention(self) -> Callable[[Params], Params]:
@@ -196,20 +187,39 @@ class SliceTuner(Distiller):
     @cached_property
     def slices(self) -> Callable[[Params], Params]:
         """Jitted: the parameters to the blocks' ``slices``."""
+        made = shapes.packed_layers(self.config, self.elastic)["slices"]
+        return jax.jit(_slices_of(self.elastic.slice_bits), out_shardings=self.placement.shardings(made))
 
-        def one(linear: Params) -> SlicedWeight:
-            codes = jnp.floor(linear["position"]).astype(jnp.uint8)
-            return slice_codes(codes, linear["scale"], linear["zero"], self.elastic.slice_bits)
 
-        def make(params: Params) -> Params:
-            parts = {part: linears for part, linears in params.items() if part not in _NORMS}
-            return {
-                part: {name: {"weight": jax.vmap(one)(linear)} for name, linear in linears.items()}
-                for part, linears in parts.items()
-            }
+@lru_cache(maxsize=8)
+def _abstract_positions(config: LlamaConfig, elastic: ElasticConfig) -> Params:
+    """The same for all slices."""
+    layers, weights = shapes.packed_layers(config, elastic), shapes.dense_model(config)["layers"]
+    return jax.eval_shape(_positions_of(0), layers, weights)
 
-        made = jax.eval_shape(make, self.abstract_params)
-        return jax.jit(make, out_shardings=self.placement.shardings(made))
+
+@lru_cache(maxsize=8)
+def _positions_of(final_width: int) -> Callable[[Params, Params], Params]:
+    """One function for equal arguments, as `shapes.packing`."""
+    return partial(positions, final_width=final_width)
+
+
+@lru_cache(maxsize=8)
+def _slices_of(slice_bits: tuple[int, ...]) -> Callable[[Params], Params]:
+    """``params -> slices``; one function for equal arguments, as `shapes.packing`."""
+
+    def one(linear: Params) -> SlicedWeight:
+        codes = jnp.floor(linear["position"]).astype(jnp.uint8)
+        return slice_codes(codes, linear["scale"], linear["zero"], slice_bits)
+
+    def make(params: Params) -> Params:
+        parts = {part: linears for part, linears in params.items() if part not in _NORMS}
+        return {
+            part: {name: {"weight": jax.vmap(one)(linear)} for name, linear in linears.items()}
+            for part, linears in parts.items()
+        }
+
+    return make
 
 
 def _is_position(params: Params) -> Any:

@@ -23,6 +23,13 @@ from mobiquant_jax.quant import SlicedWeight
 from mobiquant_jax.routing import UniformDepth
 
 
+@pytest.fixture(autouse=True)
+def simple_streams(monkeypatch):
+    """Streams that a block adds one to, or nothing: the real ones, of test_pipeline.py, compile for each recipe."""
+    monkeypatch.setattr(BlockTrainer, "dense_block", lambda self, dense, stream: stream + 1)
+    monkeypatch.setattr(BlockTrainer, "packed_block", lambda self, variables, stream: stream)
+
+
 @pytest.mark.parametrize(
     ("stage", "epochs", "titles"),
     [

@@ -1,11 +1,12 @@
 """Models of real shapes with random weights, made on the device: for measuring speed where no weights are at hand."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Key
+from jaxtyping import Array, Float, Key
 
 from mobiquant_jax.models.config import LlamaConfig
 from mobiquant_jax.models.elastic import ElasticConfig
@@ -90,30 +91,23 @@ def _packed_site(
     codes_key, scale_key, router_key, input_key = jax.random.split(key, 4)
     tiles, blocks = sum(segments) // TILE_OUTPUTS, inputs // BLOCK_INPUTS
     groups = inputs // min(elastic.group_size, BLOCK_INPUTS)
-    words = jax.jit(lambda key: jax.random.bits(key, (layers, tiles, blocks, 32, 4), jnp.uint32))
+    words = jax.jit(jax.random.bits, static_argnums=(1, 2))
     # Codes are even over 0..255 and the zero point is in their middle: weights of variance 1 / inputs.
     step = math.sqrt(12 / inputs) / 4
     scale = jax.random.uniform(scale_key, (layers, tiles, groups, 8, 2), jnp.float32, 0.8 * step, 1.2 * step)
     packed = jax.lax.bitcast_convert_type(scale.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
     weight = TiledWeight(
-        planes=tuple(words(plane_key) for plane_key in jax.random.split(codes_key, slices)),
+        planes=tuple(
+            words(plane_key, (layers, tiles, blocks, 32, 4), jnp.uint32)
+            for plane_key in jax.random.split(codes_key, slices)
+        ),
         affine=packed | jnp.uint32((32768 + 128) << 16),
         in_features=inputs,
         group_size=elastic.group_size,
         segments=segments,
     )
-
-    grid = jnp.asarray(elastic.budget_grid)
-
-    def router(key: Key[Array, ""], sample: Array) -> tuple[Router, Array]:
-        made = Router.create(key, inputs, elastic.router_hidden_size, slices)
-        scores = score(made, sample)
-        table = jax.vmap(lambda bits: threshold_for_bits(scores, bits, elastic.slice_bits))(grid)
-        return made, jnp.clip(table, -1e9, 1e9)
-
     sample = jax.random.normal(input_key, (_THRESHOLD_TOKENS, inputs))
-    router_keys = jax.random.split(router_key, (layers, len(paths)))
-    routers, tables = jax.jit(jax.vmap(jax.vmap(router, (0, None)), (0, None)))(router_keys, sample)
+    routers, tables = _routers(elastic, jax.random.split(router_key, (layers, len(paths))), sample)
     return Site(
         weight=weight,
         router=FusedRouter(
@@ -126,3 +120,19 @@ def _packed_site(
             grid=elastic.budget_grid,
         ),
     )
+
+
+@partial(jax.jit, static_argnums=0)
+def _routers(
+    elastic: ElasticConfig, keys: Key[Array, "L n"], sample: Float[Array, "N in"]
+) -> tuple[Router, Float[Array, "L n budgets"]]:
+    """A router for each key, and its thresholds on a sample of inputs."""
+    grid = jnp.asarray(elastic.budget_grid)
+
+    def one(key: Key[Array, ""]) -> tuple[Router, Array]:
+        made = Router.create(key, sample.shape[1], elastic.router_hidden_size, len(elastic.slice_bits))
+        scores = score(made, sample)
+        table = jax.vmap(lambda bits: threshold_for_bits(scores, bits, elastic.slice_bits))(grid)
+        return made, jnp.clip(table, -1e9, 1e9)
+
+    return jax.vmap(jax.vmap(one))(keys)

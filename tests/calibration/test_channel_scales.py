@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mobiquant_jax.calibration.channel_scales import EXPONENTS, ChannelScales, find_scales, fold
+from mobiquant_jax.calibration import channel_scales
+from mobiquant_jax.calibration.channel_scales import EXPONENTS, ChannelScales, fold
 from mobiquant_jax.models import Block
 from mobiquant_jax.quant import Clipping, fake_quantize
 
 GROUP = 8
+find_scales = jax.jit(channel_scales.find_scales, static_argnums=(0, 3, 4), static_argnames="at_once")
 
 
 @pytest.fixture
@@ -34,7 +36,12 @@ def stream(config):
 
 def apply(config, block, x):
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-    return np.asarray(Block(config).apply({"params": block}, x, positions)[0], np.float64)
+    return np.asarray(_apply(config, block, x, positions), np.float64)
+
+
+@partial(jax.jit, static_argnums=0)
+def _apply(config, block, x, positions):
+    return Block(config).apply({"params": block}, x, positions)[0]
 
 
 def test_any_scales_leave_the_function(config, block, stream):

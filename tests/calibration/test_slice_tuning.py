@@ -33,12 +33,13 @@ def packed(params, config, elastic):
         return pack_block(trainable(dense, config, elastic, key), config, elastic)
 
     def scramble(weight):
-        codes = np.asarray(jax.vmap(SlicedWeight.codes)(weight)).astype(np.int32)
+        codes = codes_of(weight).astype(np.int32)
         final = np.clip(codes // 16 + rng.choice([-1, 0, 1], codes.shape, p=[0.2, 0.6, 0.2]), 0, 15)
         scrambled = jnp.asarray(16 * final + rng.integers(16, size=codes.shape), jnp.uint8)
-        return jax.vmap(lambda *grid: slice_codes(*grid, elastic.slice_bits))(scrambled, weight.scale, weight.zero)
+        return slices_of(scrambled, weight.scale, weight.zero)
 
-    layers = jax.vmap(pack)(params["layers"], jax.random.split(jax.random.key(71), config.num_hidden_layers))
+    slices_of = jax.jit(jax.vmap(lambda *grid: slice_codes(*grid, elastic.slice_bits)))
+    layers = jax.jit(jax.vmap(pack))(params["layers"], jax.random.split(jax.random.key(71), config.num_hidden_layers))
     return layers | {"slices": jax.tree.map(scramble, layers["slices"], is_leaf=is_weight)}
 
 
@@ -79,8 +80,16 @@ def weights(slices):
     return leaves
 
 
+def codes_of(weight):
+    return np.asarray(_codes(weight))
+
+
 def read(weight, width):
-    return np.asarray(jax.vmap(lambda layer: layer.dequantize_width(width))(weight))
+    return np.asarray(_read(weight, width))
+
+
+_codes = jax.jit(jax.vmap(SlicedWeight.codes))
+_read = jax.jit(jax.vmap(SlicedWeight.dequantize_width, (0, None)), static_argnums=1)
 
 
 @pytest.fixture(scope="module")
@@ -102,13 +111,13 @@ def test_it_starts_from_the_codes_nearest_to_the_unquantized_weights(begun, pack
                     params["layers"][part][name]["kernel"],
                     before.scale,
                     before.zero,
-                    jax.vmap(SlicedWeight.codes)(before),
+                    codes_of(before),
                 )
             )
             rows = kernel.shape[1] // scale.shape[1]
             position = 64 * kernel / np.repeat(scale, rows, 1) + np.repeat(zero, rows, 1)
             expected = np.clip(np.floor(position), codes // size * size, codes // size * size + size - 1)
-            found = np.asarray(jax.vmap(SlicedWeight.codes)(begun[part][name]["weight"]))
+            found = codes_of(begun[part][name]["weight"])
             on_an_edge = np.abs(position - np.round(position)) < 1e-3  # where float32 may round to the other code
             np.testing.assert_array_equal(found[~on_an_edge], expected[~on_an_edge])
             assert on_an_edge.mean() < 0.02 and np.any(found != codes)
@@ -124,14 +133,13 @@ def test_only_reads_beyond_the_final_width_change(tuned, packed, width):
 
 
 def test_it_brings_full_depth_nearer_to_the_unquantized_model(begun, tuned, packed, params, config, elastic, windows):
-    teacher = Llama(config).apply({"params": params}, windows)
+    apply = jax.jit(Llama(config).apply)
+    teacher = apply({"params": params}, windows)
 
     def divergence(slices, width):
         variables = {"params": {**params, "layers": packed["params"]}, "slices": {"layers": slices}}
         model = ElasticModel(config=config, elastic=elastic, variables=variables)
-        return float(
-            distillation_loss(Llama(config).apply({"params": model.dequantized_params(width)}, windows), teacher)
-        )
+        return float(distillation_loss(apply({"params": model.dequantized_params(width)}, windows), teacher))
 
     start = divergence(begun, 8)
     assert start < 0.8 * divergence(packed["slices"], 8)

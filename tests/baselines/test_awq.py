@@ -9,16 +9,18 @@ import numpy as np
 import pytest
 
 from mobiquant_jax.baselines import AWQConfig, QuantSpec, Run, quantize_blocks, quantize_models
+from mobiquant_jax.baselines import spec as specs
 from mobiquant_jax.baselines.awq import clipped_limits
 from mobiquant_jax.baselines.awq_search import ChannelScales, channel_scale, fold, search_scales
 from mobiquant_jax.baselines.capture import INPUT_GROUPS, TokenWeighting, capture
 from mobiquant_jax.baselines.grid import fake_quantize
 from mobiquant_jax.baselines.kernels import get_kernels, map_kernels
 from mobiquant_jax.baselines.rtn import round_to_nearest
-from mobiquant_jax.baselines.spec import BlockOutcome, BlockTask, block_forward
+from mobiquant_jax.baselines.spec import BlockOutcome, BlockTask
 from mobiquant_jax.models import Llama
 
 GROUP = 16
+block_forward = jax.jit(specs.block_forward, static_argnums=0)
 
 
 @pytest.fixture
@@ -155,6 +157,7 @@ def test_eight_bits_are_nearly_exact(config, params, windows):
     settings = AWQConfig(scale_steps=5, search_windows=2)
     (scaled,) = quantize_models("awq", spec, params, windows, [Run(settings=settings)])
 
+    @jax.jit
     @jax.vmap
     def rounded(block):
         return map_kernels(lambda kernel: round_to_nearest(kernel, GROUP, 8), block, config)

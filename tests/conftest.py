@@ -3,19 +3,43 @@
 import atexit
 import contextlib
 import gc
+import hashlib
 import io
 import os
+import platform
 import runpy
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
 from absl import flags
+
+_KEPT_SECONDS = 14 * 86400
+
+
+def compiled_programs() -> Path:
+    """The folder of this processor's programs, without those of two weeks ago; where it cannot be, one that goes."""
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.is_file() else [platform.processor()]
+    features = next((line for line in lines if line.startswith("flags")), lines[0])  # a program may use them all
+    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    folder = home / "mobiquant_jax" / "tests" / hashlib.sha256(features.encode()).hexdigest()[:16]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for program in folder.iterdir():
+            if program.stat().st_mtime < time.time() - _KEPT_SECONDS:
+                program.unlink(missing_ok=True)
+    except OSError:
+        folder = Path(tempfile.mkdtemp(prefix="jax_cache_"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -32,12 +56,10 @@ if version("jax").startswith("0.10."):  # later versions may lack these flags
 # XLA's compiler frees what it has just allocated: a sixth of its time with glibc's own settings. For what is started.
 os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.mxfast=0:glibc.malloc.tcache_count=1000")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    # What one process has compiled, pytest's other workers and the scripts that tests start read: it halves the time.
-    # The folder lives as long as the process that made it, the one that starts the others.
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jax_cache_")
+    # What one process has compiled, pytest's other workers, the scripts that tests start and the next run read.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(compiled_programs())
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # small ones come again too
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tracing makes millions of objects that live on; by default Python looks through them all, again and again, for cycles.
 gc.set_threshold(20_000, 50, 50)

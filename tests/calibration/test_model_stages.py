@@ -192,9 +192,9 @@ def test_thresholds_are_recorded_on_windows_that_routers_were_not_fitted_to(
         return replaced(trainer, variables)
 
     monkeypatch.setattr(RouterTrainer, "start", start)
-    calibrator("run", recorder()).calibrate(params, windows)
+    calibrator("run", recorder(), threshold_windows=1).calibrate(params, windows)
     parts = [[row.tobytes() for row in part] for part in (fitted[0], recorded[0])]
-    assert [len(part) for part in parts] == [2, 2]
+    assert [len(part) for part in parts] == [3, 1]
     assert sorted(parts[0] + parts[1]) == sorted(row.tobytes() for row in windows)  # each in one of the two
 
 

@@ -338,16 +338,16 @@ class Placement:
 def look_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """A table's rows of tokens; under ``jax.set_mesh`` the compiler is told what to gather.
 
-    A token's row is needed whole, and on other devices than those that split the table. Of many tokens, a device's rows
-    of the table are gathered along their width: looked up first, the rows of all tokens would be put together on every
-    device. That is less where tokens are few, as in decoding.
+    A token's row is needed whole, and on other devices than those that split the table along its width. Of many tokens,
+    a device's rows of the table are gathered: looked up first, the rows of all tokens would be put together on every
+    device. Of few, as in decoding, that is less than the table.
     """
     mesh = _auto_mesh()
     if mesh is None:
         return jnp.take(table, tokens, axis=0)
     shards = math.prod(mesh.shape[axis] for axis in RULES["vocab"])
     axes = RULES["vocab"] if table.shape[0] % shards == 0 else None
-    if tokens.size < table.shape[0] // (shards if axes else 1):
+    if mesh.shape[FSDP] > 1 and tokens.size < table.shape[0] // (shards if axes else 1):
         return jax.lax.with_sharding_constraint(jnp.take(table, tokens, axis=0), P())
     return jnp.take(jax.lax.with_sharding_constraint(table, P(axes, None)), tokens, axis=0)
 

@@ -24,20 +24,23 @@ _KEPT_SECONDS = 14 * 86400
 
 
 def compiled_programs() -> Path:
-    """The folder of this processor's programs, without those of two weeks ago; where it cannot be, one that goes."""
+    """The folder of this processor's programs, without old ones; where it cannot be written, one that goes again."""
     cpu = Path("/proc/cpuinfo")
-    lines = cpu.read_text().splitlines() if cpu.is_file() else [platform.processor()]
-    features = next((line for line in lines if line.startswith("flags")), lines[0])  # a program may use them all
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    folder = home / "mobiquant_jax" / "tests" / hashlib.sha256(features.encode()).hexdigest()[:16]
+    lines = cpu.read_text().splitlines() if cpu.is_file() else []
+    features = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    processor = hashlib.sha256(features.encode()).hexdigest()[:16]  # a program may use all of its features
     try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = home / "mobiquant_jax" / "tests" / processor
         folder.mkdir(parents=True, exist_ok=True)
-        for program in folder.iterdir():
-            if program.stat().st_mtime < time.time() - _KEPT_SECONDS:
-                program.unlink(missing_ok=True)
-    except OSError:
+        tempfile.TemporaryFile(dir=folder).close()
+    except (OSError, RuntimeError):
         folder = Path(tempfile.mkdtemp(prefix="jax_cache_"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for program in folder.glob("*-cache"):
+        with contextlib.suppress(OSError):  # another run may be at it
+            if program.stat().st_mtime < time.time() - _KEPT_SECONDS:
+                program.unlink()
     return folder
 
 

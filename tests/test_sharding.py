@@ -140,19 +140,26 @@ def test_the_backward_pass_of_gains_equals_the_unsplit_one(mesh, model, linear):
     assert sizes and max(sizes) <= 1 * 5 * rows
 
 
-@pytest.mark.parametrize("tokens", [1, 40])
-def test_rows_or_the_table_are_gathered_whichever_is_less(mesh, tokens):
-    rng = np.random.default_rng()
+@pytest.mark.parametrize(
+    ("axes", "tokens", "gathered"),
+    [
+        (dict(data=2, fsdp=2, model=2), 1, 4 * 32),  # rows of all tokens
+        (dict(data=2, fsdp=2, model=2), 40, 48 * 32),  # a device's rows of the table
+        (dict(data=8, fsdp=1, model=1), 1, 0),  # whole on every device
+        (dict(data=4, fsdp=1, model=2), 1, 0),
+    ],
+)
+def test_rows_or_the_table_are_gathered_whichever_is_less(axes, tokens, gathered):
+    rng, mesh = np.random.default_rng(), make_mesh(**axes)
     table = jnp.asarray(rng.normal(size=(96, 32)), jnp.float32)
-    ids = jnp.asarray(rng.integers(0, 96, (4, tokens)), jnp.int32)
+    ids = jnp.asarray(rng.integers(0, 96, (8 if axes["data"] == 8 else 4, tokens)), jnp.int32)
     split = jax.device_put(table, NamedSharding(mesh, P("model", "fsdp")))
     spread = jax.device_put(ids, NamedSharding(mesh, P(("data", "fsdp"))))
     with jax.set_mesh(mesh):
         looked_up = jax.jit(lambda *given: constrain_batch(look_up(*given))).lower(split, spread).compile()
     np.testing.assert_array_equal(looked_up(split, spread), np.asarray(table)[ids])
-    gathered = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather(?:-start)?\(", looked_up.as_text())
-    largest = max(math.prod(map(int, shape.split(","))) for shape in gathered)
-    assert largest == (48 * 32 if tokens == 40 else 4 * 32)
+    shapes = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather(?:-start)?\(", looked_up.as_text())
+    assert max((math.prod(map(int, shape.split(","))) for shape in shapes), default=0) == gathered
 
 
 def test_groups_and_words_stay_whole():

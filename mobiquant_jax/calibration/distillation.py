@@ -134,7 +134,7 @@ class Distiller:
 
     @cached_property
     def abstract_dense(self) -> Params:
-        """Shapes and types of the unquantized model's parameters."""
+        """Shapes and types of the unquantized model's parameters; shared, see `shapes`."""
         return shapes.dense_model(self.config)
 
     @property

@@ -1,6 +1,7 @@
 """Blocks, one after the other, as one tree with a leading layer axis."""
 
 from collections.abc import Iterable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +21,10 @@ def stack_blocks(blocks: Iterable[Params], count: int, placement: Placement) -> 
     """
     remaining = iter(blocks)
     first = next(remaining)
-    shardings = placement.shardings(jax.eval_shape(lambda: _repeated(first, count)))
+    shardings = placement.shardings(jax.eval_shape(partial(_repeated, count=count), first))
     stack = jax.jit(_repeated, static_argnums=1, out_shardings=shardings)(first, count)
     insert = jax.jit(_insert, donate_argnums=0, out_shardings=shardings)
-    for index, block in enumerate(remaining, start=1):
+    for index, block in zip(range(1, count), remaining, strict=True):
         stack = insert(stack, block, np.int32(index))
     return stack
 

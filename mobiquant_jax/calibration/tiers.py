@@ -2,10 +2,10 @@
 
 A budget between two widths is then a mixture of these two alone, and at the bits of a width all tokens read just that
 one, as they do where `slice_tuning` makes each slice the best for its width. On a model of 260 thousand parameters, one
-seed, that was better from 2.5 to 3.75 bits than mixtures of all depths, and no better elsewhere up to 4 (the last two
-rows of ``results/slice_tuning.json``). On SmolLM2-135M it was better at 3 bits by 6 %, and worse at 2 by 4 % and at 2.5
-by 1 %, against one tier up to 4 bits and one above, and with longer tuning of the slices and two more budgets beside 3
-(commits 0ec07c5 and 766e31a in ``results/candidates.json``).
+seed, that was better from 2.5 to 3.75 bits than mixtures of all depths, and no better elsewhere up to 4 (the second and
+third rows of ``results/slice_tuning.json``). On SmolLM2-135M it was better at 3 bits by 6 %, and worse at 2 by 4 % and
+at 2.5 by 1 %, against one tier up to 4 bits and one above, and with longer tuning of the slices and two more budgets
+beside 3 (commits 0ec07c5 and 766e31a in ``results/candidates.json``).
 
 Scores of all linears and slices share one threshold, so each slice's are moved, all alike, until a gap lies between
 them and those before, in the model as it runs where the slice begins:

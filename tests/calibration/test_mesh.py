@@ -116,10 +116,11 @@ def metrics(run):
 
 
 def assert_close(found, wanted):
-    """Trees of the same leaves, within 1e-5 of each other."""
+    """Trees of the same leaves, within 1e-5 of each other; integers are equal."""
     for (path, leaf), other in zip(jax.tree_util.tree_leaves_with_path(wanted), jax.tree.leaves(found), strict=True):
+        within = 0.0 if np.issubdtype(np.asarray(leaf).dtype, np.integer) else 1e-5
         other, leaf = np.asarray(other, np.float64), np.asarray(leaf, np.float64)
-        np.testing.assert_allclose(other, leaf, rtol=1e-5, atol=1e-5, err_msg=jax.tree_util.keystr(path))
+        np.testing.assert_allclose(other, leaf, rtol=within, atol=within, err_msg=jax.tree_util.keystr(path))
 
 
 def assert_alike(run, variables, wanted_run, wanted):

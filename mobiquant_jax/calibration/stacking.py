@@ -18,6 +18,9 @@ def stack_blocks(blocks: Iterable[Params], count: int, placement: Placement) -> 
         blocks: trees of equal shapes.
         count: how many.
         placement: where the stack lies.
+
+    Raises:
+        ValueError: there are more or fewer.
     """
     remaining = iter(blocks)
     first = next(remaining)

@@ -58,7 +58,11 @@ def lookup(
         grid: average bits, rising; at its two ends every token reads the first slice only, or all of them.
         bits: the request, traced.
     """
-    inner = jnp.interp(bits, jnp.asarray(grid), table)
+    ends = jnp.asarray(grid, jnp.float32)
+    # Not `jnp.interp`: its search is a loop, which every step of decoding would wait for.
+    upper = jnp.clip(jnp.searchsorted(ends, bits, side="right", method="compare_all"), 1, len(grid) - 1)
+    share = (bits - ends[upper - 1]) / (ends[upper] - ends[upper - 1])
+    inner = table[upper - 1] + share * (table[upper] - table[upper - 1])
     return jnp.where(bits <= grid[0], jnp.inf, jnp.where(bits >= grid[-1], -jnp.inf, inner))
 
 

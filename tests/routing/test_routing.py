@@ -92,6 +92,17 @@ def test_lookup_interpolates_per_sequence():
         np.testing.assert_array_equal(masks[row], expected)
 
 
+def test_lookup_is_numpys_interpolation_without_a_loop():
+    rng = np.random.default_rng(0)
+    grid = (2.0, 2.5, 3.0, 4.25, 5.0, 6.0, 8.0)
+    table = -np.sort(rng.normal(size=len(grid))).astype(np.float32)
+    bits = np.concatenate([rng.uniform(2.01, 7.99, 200), grid[1:-1]]).astype(np.float32)
+    lookup = partial(routing.lookup, jnp.asarray(table), grid)
+    np.testing.assert_allclose(lookup(bits), np.interp(bits, grid, table), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(lookup(jnp.array([1.0, 2.0, 8.0, 9.0])), [np.inf, np.inf, -np.inf, -np.inf])
+    assert "while" not in str(jax.make_jaxpr(lookup)(bits)) and "scan" not in str(jax.make_jaxpr(lookup)(bits))
+
+
 @pytest.mark.parametrize("slice_bits", SLICE_BITS)
 @pytest.mark.parametrize("bits", [2.5, 3.0, 4.0, 4.5, 5.7, 8.0])
 def test_baselines_meet_the_budget_with_adjacent_depths(slice_bits, bits):

@@ -4,7 +4,7 @@
 // index on the device. A cluster of thread blocks takes one key-value head of one sequence, each block a share of the
 // keys, and of it each few neighbouring lanes one key at a time: they keep a running maximum, sum and weighted values
 // per query head (arXiv 1805.02867), of which each block finishes a share at the end. Work follows the sequence's length,
-// not the cache's.
+// not the cache's. Loops are rolled as in route.cuh.
 #pragma once
 
 #include "bf16.cuh"
@@ -104,6 +104,7 @@ __global__ void __launch_bounds__(kAttentionThreads, G > 4 ? 1 : 2) attention_ke
       values[k] = *reinterpret_cast<const uint4*>(args.value + from);
     }
   };
+  if (begin < end) load(begin);  // what earlier steps wrote is long there: a step's first kernel waits for them all
   wait_for_previous();
 
   // The new token's query heads, key and value; the first block also keeps the latter two.
@@ -111,6 +112,7 @@ __global__ void __launch_bounds__(kAttentionThreads, G > 4 ? 1 : 2) attention_ke
   const float* const mine = args.qkv + static_cast<size_t>(row) * width;
   const auto read = [&](int from) {
     float value = 0.0f;
+#pragma unroll 1
     for (int p = 0; p < args.parts; ++p) value += mine[static_cast<size_t>(p) * args.batch * width + from];
     return round_bf16(value);
   };
@@ -136,6 +138,7 @@ __global__ void __launch_bounds__(kAttentionThreads, G > 4 ? 1 : 2) attention_ke
   __syncthreads();
   const bool keeps = rank == 0 && position < args.slots;
   if (keeps) {
+#pragma unroll 1
     for (int i = threadIdx.x; i < SIZE; i += kAttentionThreads) {
       args.key[first + position * stride + i] = __float2bfloat16_rn(shared.key[i]);
       args.value[first + position * stride + i] = __float2bfloat16_rn(shared.value[i]);
@@ -169,13 +172,15 @@ __global__ void __launch_bounds__(kAttentionThreads, G > 4 ? 1 : 2) attention_ke
     if (visible) softmax.add(score, value);
   };
   for (int slot = begin; slot < end; slot += kReaders * kAhead) {
-    load(slot);
-#pragma unroll
+    if (slot > begin) load(slot);
+#pragma unroll 1
     for (int k = 0; k < kAhead; ++k) {
       float key[8], value[8];
-      unpack8(key, keys[k]);
-      unpack8(value, values[k]);
+      unpack8(key, keys[0]);
+      unpack8(value, values[0]);
       attend(key, value, slot + k * kReaders + reader < end);
+#pragma unroll
+      for (int next = 1; next < kAhead; ++next) keys[next - 1] = keys[next], values[next - 1] = values[next];
     }
   }
   if (keeps) {
@@ -201,6 +206,7 @@ __global__ void __launch_bounds__(kAttentionThreads, G > 4 ? 1 : 2) attention_ke
   cluster_wait();
   // Each block of the cluster finishes a share of the results.
   const int part = G * SIZE / args.ranks;
+#pragma unroll 1
   for (int item = threadIdx.x; item < G * SIZE; item += kAttentionThreads) {
     const int g = item / SIZE, i = item % SIZE;
     float most = -1e30f, sum = 0.0f, mixed = 0.0f;
@@ -217,10 +223,13 @@ __global__ void __launch_bounds__(kAttentionThreads, G > 4 ? 1 : 2) attention_ke
   }
   cluster_arrive();
   cluster_wait();
+#pragma unroll 1
   for (int item = threadIdx.x; item < part; item += kAttentionThreads) {
     const int g = (rank * part + item) / SIZE;
     float most = -1e30f, sum = 0.0f, mixed = 0.0f;
+#pragma unroll 4
     for (int r = 0; r < args.ranks; ++r) most = fmaxf(most, shared.rank[r][g].x);
+#pragma unroll 4
     for (int r = 0; r < args.ranks; ++r) {
       const float kept = exp2f(shared.rank[r][g].x - most);
       sum = fmaf(kept, shared.rank[r][g].y, sum);

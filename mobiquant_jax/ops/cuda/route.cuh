@@ -11,7 +11,8 @@
 // One cluster of thread blocks computes one linear's router for two tokens, each block a part of the inputs; sums meet
 // in the first block's shared memory in a fixed order, so that the same input gives the same depths. The first linear's
 // clusters also write the input. Nothing here is large: what counts is that it is one launch, and that the product's
-// kernel, launched behind it, already fetches the first slice meanwhile.
+// kernel, launched behind it, already fetches the first slice meanwhile. Loops are rolled wherever registers allow it: all
+// kernels of a step share the instruction caches, and what does not fit is fetched anew in every layer.
 #pragma once
 
 #include "bf16.cuh"
@@ -71,6 +72,7 @@ struct RouteShape {
 __device__ __forceinline__ void sum_parts8(float (&values)[8], const float* from, int parts, size_t stride) {
 #pragma unroll
   for (int k = 0; k < 8; ++k) values[k] = 0.0f;
+#pragma unroll 1
   for (int p = 0; p < parts; ++p) {
     const float4 low = reinterpret_cast<const float4*>(from + p * stride)[0];
     const float4 high = reinterpret_cast<const float4*>(from + p * stride)[1];
@@ -92,7 +94,7 @@ __device__ __forceinline__ void read_source8(float (&values)[8], const RouteArgs
     sum_parts8(values, from, args.parts, stride);
     sum_parts8(up, from + args.inputs, args.parts, stride);
 #pragma unroll
-    for (int k = 0; k < 8; ++k) values[k] = round_bf16(values[k] / (1.0f + __expf(-values[k])) * up[k]);
+    for (int k = 0; k < 8; ++k) values[k] = round_bf16(__fdividef(values[k], 1.0f + __expf(-values[k])) * up[k]);
     return;
   }
   unpack8(values, *reinterpret_cast<const uint4*>(args.x + place));
@@ -149,9 +151,11 @@ __global__ void __launch_bounds__(kRouteThreads, 3) route_kernel(const __grid_co
                                              : make_uint4(0, 0, 0, 0);
   };
   load_weights(first_row);
+#pragma unroll 1
   for (int i = threadIdx.x; i < count; i += kRouteThreads) gain[i] = args.source == kNormed ? args.gain[begin + i] : 1.0f;
   if (rank == 0) {
     const auto keep_head = [&](const float* from, int size, int to) {
+#pragma unroll 1
       for (int i = threadIdx.x; i < size; i += kRouteThreads) head[to + i] = from[i];
     };
     keep_head(args.magnitude + linear * width, width, 0);
@@ -164,6 +168,7 @@ __global__ void __launch_bounds__(kRouteThreads, 3) route_kernel(const __grid_co
   wait_for_previous();
 
   const int share_eights = shape.share / 8;
+#pragma unroll 1
   for (int item = threadIdx.x; item < tokens * share_eights; item += kRouteThreads) {
     const int token = item / share_eights, at = item % share_eights * 8;
     float values[8] = {};
@@ -187,8 +192,10 @@ __global__ void __launch_bounds__(kRouteThreads, 3) route_kernel(const __grid_co
   }
   __syncthreads();
   cluster_wait();
+#pragma unroll 1
   for (int token = warp; token < tokens; token += kRouteWarps) {
     float2 square = make_float2(0.0f, 0.0f);
+#pragma unroll 1
     for (int i = lane; i < share_eights; i += 32) {
       const float2 more = eights[token * share_eights + i];
       square.x += more.x, square.y += more.y;
@@ -197,8 +204,10 @@ __global__ void __launch_bounds__(kRouteThreads, 3) route_kernel(const __grid_co
     if (lane < kRouteRanks) store_cluster8(shared_address(squares + rank * tokens + token), lane, square);
   }
 
+#pragma unroll 1
   for (int row = first_row; row - first_row < count; row += kRouteRows * row_step) {
     if (row != first_row) load_weights(row);
+#pragma unroll 1
     for (int token = 0; token < tokens; ++token) {
       float unit[8] = {};
 #pragma unroll
@@ -209,6 +218,7 @@ __global__ void __launch_bounds__(kRouteThreads, 3) route_kernel(const __grid_co
 #pragma unroll
         for (int j = 0; j < 8; ++j) unit[j] = fmaf(value, weight[j], unit[j]);
       }
+#pragma unroll 1
       for (int step = row_lanes; step < 32; step *= 2)
 #pragma unroll
         for (int j = 0; j < 8; ++j) unit[j] += __shfl_xor_sync(~0u, unit[j], step);
@@ -220,6 +230,7 @@ __global__ void __launch_bounds__(kRouteThreads, 3) route_kernel(const __grid_co
     }
   }
   __syncthreads();
+#pragma unroll 1
   for (int item = threadIdx.x; item < tokens * width; item += kRouteThreads) {
     float sum = 0.0f;
     if (count > 0)
@@ -230,6 +241,7 @@ __global__ void __launch_bounds__(kRouteThreads, 3) route_kernel(const __grid_co
   cluster_arrive();
   cluster_wait();
 
+#pragma unroll 1
   for (int token = warp; token < tokens; token += kRouteWarps) {
     const float2 square = warp_sum(lane < kRouteRanks ? squares[lane * tokens + token] : make_float2(0.0f, 0.0f));
     const float norm = args.source == kNormed ? rsqrtf(square.x / inputs + args.eps) : 1.0f;
@@ -237,12 +249,13 @@ __global__ void __launch_bounds__(kRouteThreads, 3) route_kernel(const __grid_co
       const float magnitude = sqrtf(square.y / inputs * norm * norm + 1e-12f);  // of the input
       const float factor = norm / magnitude, log_magnitude = logf(magnitude);
       float score[kScores] = {};
+#pragma unroll 1
       for (int j = lane; j < width; j += 32) {
         float sum = 0.0f;
 #pragma unroll
         for (int r = 0; r < kRouteRanks; ++r) sum += gathered[(r * tokens + token) * width + j];
         float value = fmaf(sum, factor, fmaf(log_magnitude, head[j], head[width + j]));
-        value = value / (1.0f + __expf(-value));
+        value = __fdividef(value, 1.0f + __expf(-value));
 #pragma unroll
         for (int e = 0; e < kScores; ++e) score[e] = fmaf(value, head[2 * width + j * kScores + e], score[e]);
       }
@@ -264,6 +277,7 @@ __global__ void __launch_bounds__(kRouteThreads, 3) route_kernel(const __grid_co
       }
     }
     if (writes && args.source == kNormed) {
+#pragma unroll 1
       for (int i = lane * 8; i < count; i += 32 * 8) {
         float values[8];
 #pragma unroll

@@ -65,6 +65,7 @@ def decode_layers(
     key: Float[Array, "L B S Hkv hd"],
     value: Float[Array, "L B S Hkv hd"],
     sites: Sequence[RoutedLinears],
+    expected: Int[Array, ""],
 ) -> DecodedLayers:
     """Runs one new token of each sequence through every block.
 
@@ -78,6 +79,7 @@ def decode_layers(
         key: the cache, bfloat16, written in place.
         value: likewise.
         sites: q, k and v; o; gate and up; down.
+        expected: how many slices most tokens will read. Those are fetched while routers still run; any number is right.
 
     Raises:
         NotImplementedError: see `check_supported`.
@@ -101,7 +103,7 @@ def decode_layers(
     )
     with jax.named_scope("decode_layers"):
         key, value, residual, update, read, *_ = call(
-            *(x, cosine, sine, positions.astype(jnp.int32), *norms, key, value),
+            *(x, cosine, sine, positions.astype(jnp.int32), *norms, key, value, expected.astype(jnp.int32)),
             *(array for site in sites for array in _arrays(site)),
             eps=np.float32(eps),
             version=np.int64(TILED_LAYOUT_VERSION),

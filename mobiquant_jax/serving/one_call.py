@@ -11,6 +11,7 @@ from mobiquant_jax.models.config import LlamaConfig
 from mobiquant_jax.models.kv_cache import KVCache
 from mobiquant_jax.ops import TiledWeight
 from mobiquant_jax.ops.decode_layers import RoutedLinears, check_supported, decode_layers
+from mobiquant_jax.ops.sliced_matmul.layout import TILED_SLICE_BITS
 from mobiquant_jax.routing import FusedRouter
 from mobiquant_jax.serving.attention import rotation
 from mobiquant_jax.serving.site import Site
@@ -38,6 +39,7 @@ def layers_in_one_call(
     x: Float[Array, "B 1 D"],
     positions: Int[Array, "B 1"],
     cache: KVCache,
+    bits: Float[Array, " B"],
 ) -> tuple[Float[Array, "B 1 D"], KVCache, Float[Array, "B 1"]]:
     """The residual stream after the last block, the cache with the new tokens, the weight bits each token read.
 
@@ -48,6 +50,7 @@ def layers_in_one_call(
         x: embedded tokens.
         positions: absolute position of each token.
         cache: keys and values of all layers; its length is left to the caller.
+        bits: target average bits; only a hint of how much to fetch ahead.
     """
     sites = [_linears(variables.sites[name], thresholds[name]) for name in _SITES]
     done = decode_layers(
@@ -59,6 +62,7 @@ def layers_in_one_call(
         cache.k,
         cache.v,
         sites,
+        expected=((jnp.min(bits) + 0.5) / TILED_SLICE_BITS[0]).astype(jnp.int32),
     )
     sizes = [2.0 * site.weight.in_features * outputs for site in sites for outputs in site.weight.segments]
     read = jnp.einsum("s,lsb->b", jnp.asarray(sizes, jnp.float32), done.depths.astype(jnp.float32))

@@ -86,8 +86,10 @@ class PackedModel:
         thresholds = {name: site.thresholds_at(target) for name, site in variables.sites.items()}
         with jax.named_scope("embed"):
             x = variables.embedding[tokens].astype(self.dtype)
-        run = layers_in_one_call if supports_one_call(x, cache, variables.sites) else self._over_layers
-        x, cache, read = run(cfg, variables, thresholds, x, positions, cache)
+        if supports_one_call(x, cache, variables.sites):
+            x, cache, read = layers_in_one_call(cfg, variables, thresholds, x, positions, cache, target)
+        else:
+            x, cache, read = self._over_layers(cfg, variables, thresholds, x, positions, cache)
         with jax.named_scope("unembed"):
             x = rms_norm(x, variables.final_norm, cfg.rms_norm_eps)
             logits = project(x, variables.embedding.T if variables.head is None else variables.head)

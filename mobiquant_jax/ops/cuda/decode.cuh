@@ -25,6 +25,7 @@ struct DecodeArgs {
   int tokens, inputs;
   int split_blocks;   // blocks of a split: blockIdx.y
   int prefetch;       // bytes a thread block fetches before x and the depths are there: see route.cuh
+  const int32_t* expected;  // how many slices most tokens will read: a scalar on the device, or null for 1
   int reduced_tiles;  // tiles added up at once: see `reduced_tiles`
 };
 
@@ -151,11 +152,18 @@ __global__ void __launch_bounds__(DecodeShape<GB, WARPS, SLOTS>::kThreads, 1)
   if (warp == WARPS) {  // the producer
     const size_t layer = args.weights.which_layer();
     if (lane == 0) {
-      // The first slice is read whatever the depths are.
-      const int bytes = blocks * kPieceBytes;
-      for (int tile = first_tile, left = args.prefetch; tile < tiles && bytes > 0 && left >= bytes; tile += stride, left -= bytes)
-        prefetch_bulk(args.weights.planes[0] + ((layer * tiles + tile) * args.weights.blocks + first_block) * kPieceBytes,
-                      bytes);
+      // The first slice is read whatever the depths are, others in all likelihood.
+      const int expected = args.prefetch > 0 && args.expected ? *args.expected : 1;
+      int left = blocks > 0 ? args.prefetch : 0, slice = 0;
+      do {
+        for (int tile = first_tile; tile < tiles && left >= kPieceBytes; tile += stride) {
+          const size_t piece = (layer * tiles + tile) * args.weights.blocks + first_block;
+          const int count = min(blocks, left / kPieceBytes);
+          prefetch_bulk(args.weights.planes[slice] + piece * kPieceBytes, count * kPieceBytes);
+          if (slice == 0) prefetch_bulk(args.weights.affine + piece * GB * 8, count * GB * 64);
+          left -= count * kPieceBytes;
+        }
+      } while (++slice < min(expected, kMaxSlices) && left >= kPieceBytes);
     }
     wait_for_previous();
     int of_lane[kMaxSegments];  // all loads before the first use

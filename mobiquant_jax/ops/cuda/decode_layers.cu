@@ -83,7 +83,8 @@ cudaError_t run(cudaStream_t stream, const Site& site, int layer, bool early) {
 }
 
 ffi::Error decode_layers(cudaStream_t stream, Halves x, Floats cosine, Floats sine, Integers position,
-                         Floats attention_norm, Floats mlp_norm, Halves key, Halves value, ffi::RemainingArgs arrays,
+                         Floats attention_norm, Floats mlp_norm, Halves key, Halves value, Integers expected,
+                         ffi::RemainingArgs arrays,
                          ffi::Result<Halves> key_out, ffi::Result<Halves> value_out, ffi::Result<Halves> residual,
                          ffi::Result<Floats> update, ffi::Result<Integers> depth, ffi::Result<Halves> middle,
                          ffi::Result<Halves> input, ffi::Result<Halves> mixed, ffi::Result<Floats> qkv,
@@ -108,6 +109,7 @@ ffi::Error decode_layers(cudaStream_t stream, Halves x, Floats cosine, Floats si
     site.all_linears = linears;
     site.route.input = bf16(*input);
     site.route.eps = eps;
+    site.decode.expected = expected.typed_data();
   }
   Site &of_qkv = sites[0], &of_o = sites[1], &of_gate_up = sites[2], &of_down = sites[3];
   of_qkv.route.source = kNormed;
@@ -169,6 +171,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DecodeLayers, mobiquant::decode_layers,
                                   .Arg<mobiquant::Floats>()
                                   .Arg<mobiquant::Halves>()
                                   .Arg<mobiquant::Halves>()
+                                  .Arg<mobiquant::Integers>()
                                   .RemainingArgs()
                                   .Ret<mobiquant::Halves>()
                                   .Ret<mobiquant::Halves>()

@@ -79,7 +79,8 @@ def decode_layers(
         key: the cache, bfloat16, written in place.
         value: likewise.
         sites: q, k and v; o; gate and up; down.
-        expected: how many slices most tokens will read. Those are fetched while routers still run; any number is right.
+        expected: how many slices a product will probably read, to be fetched while its routers still run. Only a hint:
+            any number gives the same result.
 
     Raises:
         NotImplementedError: see `check_supported`.

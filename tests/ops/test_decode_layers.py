@@ -182,3 +182,37 @@ def test_where_it_cannot_run_it_says_why(random_elastic):
     reason = "17 " if jax.default_backend() == "gpu" else "Hopper"
     with pytest.raises(NotImplementedError, match=reason):
         check_supported(17, KVCache.create(packed.config, 17, 8, jnp.bfloat16).k, sites)
+
+
+def decode_steps(packed, bits, tokens, slots, held):
+    """Logits of every step ``[T, B, V]`` and the cache, all steps in one program, from a random cache."""
+    empty = KVCache.create(packed.config, len(held), slots, jnp.bfloat16)
+    k, v = (jax.random.normal(jax.random.key(i), empty.k.shape, jnp.bfloat16) for i in (0, 1))
+
+    def step(cache, token):
+        logits, _, cache = packed.decode(packed.variables, token[:, None], cache, bits)
+        return cache, logits[:, 0]
+
+    start = KVCache(k=k, v=v, length=jnp.asarray(held))
+    cache, logits = jax.jit(lambda start: jax.lax.scan(step, start, tokens), donate_argnums=0)(start)
+    return np.asarray(logits, np.float64), cache
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [2.0, 8.0])  # depths that no rounding decides
+def test_steps_behind_each_other_see_what_the_earlier_ones_wrote(bits, random_elastic, monkeypatch):
+    if jax.default_backend() != "gpu":
+        pytest.skip("no GPU")
+    elastic = ElasticConfig(group_size=128, router_hidden_size=32, budget_grid=(2.0, 3.0, 5.0, 8.0))
+    sizes = dict(hidden_size=512, intermediate_size=1024, num_attention_heads=8, num_key_value_heads=2, head_dim=64)
+    packed = prepare(random_elastic(5, elastic, num_hidden_layers=3, **sizes))
+    held = np.r_[np.zeros(4), 1:5, [63, 64, 500, 900, 1000, 1020, 1050, 1080]].astype(np.int32)  # few keys and many
+    tokens = jax.random.randint(jax.random.key(2), (12, len(held)), 0, packed.config.vocab_size, jnp.int32)
+    target = jnp.full(len(held), bits, jnp.float32)
+    logits, cache = decode_steps(packed, target, tokens, 1100, held)
+    monkeypatch.setattr("mobiquant_jax.serving.packed.supports_one_call", lambda *_: False)
+    expected, apart = decode_steps(packed, target, tokens, 1100, held)
+    error, size = (np.linalg.norm(array, axis=(0, 2)) for array in (logits - expected, expected))
+    assert (error < 0.1 * size).all()  # one wrong key of an earlier step: half the size and more
+    for found, wanted in ((cache.k, apart.k), (cache.v, apart.v)):
+        assert np.linalg.norm(exact(found) - exact(wanted)) < 1e-2 * np.linalg.norm(exact(wanted))

@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kAttentionThreads, G > 4 ? 1 : 2) attention_ke
       values[k] = *reinterpret_cast<const uint4*>(args.value + from);
     }
   };
-  if (begin < end) load(begin);  // what earlier steps wrote is long there: a step's first kernel waits for them all
+  if (begin < end) load(begin);  // earlier steps are over: a step's first kernel is not launched early
   wait_for_previous();
 
   // The new token's query heads, key and value; the first block also keeps the latter two.

@@ -21,11 +21,11 @@ struct DecodeArgs {
   Segments segments;
   const __nv_bfloat16* x;  // [tokens, inputs]
   const int32_t* depth;    // [segments, tokens]
+  const int32_t* expected;  // how many slices will probably be read: a scalar on the device, or null for 1
   float* out;              // [splits, tokens, 16 * tiles]
   int tokens, inputs;
   int split_blocks;   // blocks of a split: blockIdx.y
-  int prefetch;       // bytes a thread block fetches before x and the depths are there: see route.cuh
-  const int32_t* expected;  // how many slices most tokens will read: a scalar on the device, or null for 1
+  int prefetch;       // bytes of slices a thread block fetches before x and the depths are there: see route.cuh
   int reduced_tiles;  // tiles added up at once: see `reduced_tiles`
 };
 
@@ -152,8 +152,9 @@ __global__ void __launch_bounds__(DecodeShape<GB, WARPS, SLOTS>::kThreads, 1)
   if (warp == WARPS) {  // the producer
     const size_t layer = args.weights.which_layer();
     if (lane == 0) {
-      // The first slice is read whatever the depths are, others in all likelihood.
-      const int expected = args.prefetch > 0 && args.expected ? *args.expected : 1;
+      // The first slice is read whatever the depths are, and so fetched while it is still being loaded how many others
+      // are expected.
+      const int expected = args.expected ? *args.expected : 1;
       int left = blocks > 0 ? args.prefetch : 0, slice = 0;
       do {
         for (int tile = first_tile; tile < tiles && left >= kPieceBytes; tile += stride) {

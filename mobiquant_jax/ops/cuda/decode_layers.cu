@@ -14,7 +14,7 @@ namespace {
 
 constexpr int kSites = 4;                  // query-key-value, output, gate-up, down
 constexpr int kSiteArrays = 7 + kMaxSlices;
-constexpr int kPrefetchBytes = 96 * 1024;  // a thread block's, about what memory gives it while the router runs
+constexpr int kPrefetchBytes = 96 * 1024;  // of a thread block's slices: about what memory gives while the router runs
 
 // The linears of one input: what they hold of the first layer.
 struct Site {
@@ -84,11 +84,10 @@ cudaError_t run(cudaStream_t stream, const Site& site, int layer, bool early) {
 
 ffi::Error decode_layers(cudaStream_t stream, Halves x, Floats cosine, Floats sine, Integers position,
                          Floats attention_norm, Floats mlp_norm, Halves key, Halves value, Integers expected,
-                         ffi::RemainingArgs arrays,
-                         ffi::Result<Halves> key_out, ffi::Result<Halves> value_out, ffi::Result<Halves> residual,
-                         ffi::Result<Floats> update, ffi::Result<Integers> depth, ffi::Result<Halves> middle,
-                         ffi::Result<Halves> input, ffi::Result<Halves> mixed, ffi::Result<Floats> qkv,
-                         ffi::Result<Floats> o, ffi::Result<Floats> gate_up, float eps,
+                         ffi::RemainingArgs arrays, ffi::Result<Halves> key_out, ffi::Result<Halves> value_out,
+                         ffi::Result<Halves> residual, ffi::Result<Floats> update, ffi::Result<Integers> depth,
+                         ffi::Result<Halves> middle, ffi::Result<Halves> input, ffi::Result<Halves> mixed,
+                         ffi::Result<Floats> qkv, ffi::Result<Floats> o, ffi::Result<Floats> gate_up, float eps,
                          ffi::Span<const int64_t> qkv_ends, ffi::Span<const int64_t> o_ends,
                          ffi::Span<const int64_t> gate_up_ends, ffi::Span<const int64_t> down_ends, int64_t version) {
   if (key_out->typed_data() != key.typed_data() || value_out->typed_data() != value.typed_data())
@@ -149,6 +148,7 @@ ffi::Error decode_layers(cudaStream_t stream, Halves x, Floats cosine, Floats si
     of_qkv.route.gain = attention_norm.typed_data() + static_cast<size_t>(layer) * of_qkv.route.inputs;
     of_gate_up.route.gain = mlp_norm.typed_data() + static_cast<size_t>(layer) * of_gate_up.route.inputs;
     attention.layer_index = layer;
+    // The first kernel is not launched early: what earlier steps wrote, attention reads before it waits.
     if (cudaError_t error = run(stream, of_qkv, layer, layer > 0)) return check(error, "decode_layers");
     if (cudaError_t error = launch_attention(stream, attention, true, group, size)) return check(error, "decode_layers");
     for (const Site* site : {&of_o, &of_gate_up, &of_down})

@@ -32,8 +32,8 @@ inline int processors() {
 }
 
 // Launches a kernel in clusters of thread blocks; where `early`, before the one that was launched last has ended. Each of
-// its threads must then wait, see `wait_for_previous`, before it reads or writes anything that another kernel writes: a
-// kernel that does not wait breaks the order of all behind it.
+// its threads must then wait, see `wait_for_previous`, before it reads or writes anything that kernels have written since
+// the last one that was not launched early: a kernel that does not wait breaks the order of all behind it.
 template <typename Args>
 cudaError_t launch(void (*kernel)(Args), dim3 grid, int threads, int shared, cudaStream_t stream, int cluster, bool early,
                    const Args& args) {

@@ -11,8 +11,9 @@
 // One cluster of thread blocks computes one linear's router for two tokens, each block a part of the inputs; sums meet
 // in the first block's shared memory in a fixed order, so that the same input gives the same depths. The first linear's
 // clusters also write the input. Nothing here is large: what counts is that it is one launch, and that the product's
-// kernel, launched behind it, already fetches the first slice meanwhile. Loops are rolled wherever registers allow it: all
-// kernels of a step share the instruction caches, and what does not fit is fetched anew in every layer.
+// kernel, launched behind it, meanwhile fetches its first slice and what else it expects to read. Loops are rolled, but
+// for the innermost and for loads that should overlap: all kernels of a step share the instruction caches, and what does
+// not fit is fetched anew in every layer.
 #pragma once
 
 #include "bf16.cuh"

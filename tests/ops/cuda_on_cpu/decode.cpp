@@ -14,23 +14,31 @@ bool run(DecodeArgs args, int splits, int walkers) {
                 Shape::total(args.tokens, args.split_blocks), args);
 }
 
-// False if an access was wrong. sizes: tiles, blocks, tokens, inputs, splits, walkers, segments, and the segments' ends.
+// False if an access was wrong. sizes: tiles, blocks, tokens, inputs, splits, walkers, layers, bytes to fetch ahead,
+// segments, and the segments' ends. `expected`: slices to fetch, or null; becomes the bytes that were fetched.
 extern "C" bool decode(const unsigned char* const* planes, const void* affine, const int32_t* layer, const void* x,
-                       const int32_t* depth, float* out, const int32_t* sizes) {
+                       const int32_t* depth, float* out, const int32_t* sizes, int32_t* expected) {
   DecodeArgs args{};
   for (int e = 0; e < kMaxSlices; ++e) args.weights.planes[e] = planes[e];
   args.weights.affine = static_cast<const uint2*>(affine);
   args.weights.layer = layer;
   args.weights.tiles = sizes[0], args.weights.blocks = sizes[1];
   args.tokens = sizes[2], args.inputs = sizes[3];
-  args.segments.count = sizes[6];
-  for (int s = 0; s < sizes[6]; ++s) args.segments.ends[s] = sizes[7 + s];
+  args.prefetch = sizes[7];
+  args.segments.count = sizes[8];
+  for (int s = 0; s < sizes[8]; ++s) args.segments.ends[s] = sizes[9 + s];
   args.x = static_cast<const __nv_bfloat16*>(x);
   args.depth = depth;
   args.out = out;
-  static const int32_t expected = 3;
-  args.expected = &expected;
-  args.prefetch = 5 * kPieceBytes;
-  if (args.tokens <= 4) return run<1>(args, sizes[4], sizes[5]);
-  return args.tokens <= 8 ? run<2>(args, sizes[4], sizes[5]) : run<4>(args, sizes[4], sizes[5]);
+  args.expected = expected;
+  const size_t pieces = static_cast<size_t>(sizes[6]) * args.weights.tiles * args.weights.blocks;
+  fetchable.clear();
+  for (const unsigned char* plane : args.weights.planes)
+    fetchable.emplace_back(reinterpret_cast<const char*>(plane), pieces * kPieceBytes);
+  fetchable.emplace_back(static_cast<const char*>(affine), pieces * MOBIQUANT_GROUPS * 64);
+  fetched = 0;
+  const auto runs = args.tokens <= 4 ? run<1> : args.tokens <= 8 ? run<2> : run<4>;
+  const bool right = runs(args, sizes[4], sizes[5]);
+  if (expected) *expected = static_cast<int32_t>(fetched);
+  return right;
 }

@@ -201,8 +201,16 @@ inline void barrier_wait(uint32_t address, uint32_t parity) {
   barrier.changed.wait(lock, [&] { return (barrier.phase & 1) != parity; });
 }
 inline uint64_t evict_first() { return 0; }
+inline std::vector<std::pair<const char*, size_t>> fetchable;  // arrays that may be fetched ahead
+inline std::atomic<size_t> fetched = 0;                        // bytes
 inline void prefetch_bulk(const void* from, int bytes) {
+  const char* const start = static_cast<const char*>(from);
   if (reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16) fail("misaligned prefetch", bytes);
+  const bool inside = std::any_of(fetchable.begin(), fetchable.end(), [&](const auto& array) {
+    return start >= array.first && start + bytes <= array.first + array.second;
+  });
+  if (bytes <= 0 || !inside) fail("prefetch of nothing or beyond an array", bytes);
+  fetched += bytes;
 }
 inline void wait_for_previous() {}
 inline void launch_dependents() {}

@@ -43,4 +43,4 @@ def _tile_slots(index: Int[Array, " N"], slices: int, tiles: int) -> tuple[Int[A
     starts = (ends - -(-counts // TILE)) * TILE
     within = jnp.cumsum(jax.nn.one_hot(index, slices, dtype=jnp.int32), axis=0) - 1  # rank among equals, stable
     slot = starts[index] + jnp.take_along_axis(within, index[:, None], axis=1)[:, 0]
-    return slot, jnp.searchsorted(ends, jnp.arange(tiles), side="right")
+    return slot, jnp.searchsorted(ends, jnp.arange(tiles), side="right", method="compare_all")

@@ -18,7 +18,7 @@ from mobiquant_jax.benchmark import summary
 from mobiquant_jax.config_flags import run
 from mobiquant_jax.evaluation import markdown_table
 from mobiquant_jax.evaluation.tasks.table import tasks_table
-from mobiquant_jax.files import read_json_object
+from mobiquant_jax.files import read_json_object, save_text
 from mobiquant_jax.io.conversion import conversions_table
 
 README = flags.DEFINE_string("readme", "README.md", "the file, in the folder that the results are named from")
@@ -50,7 +50,7 @@ def main(_: list[str]) -> None:
     if CHECK.value and new != old:
         raise ValueError(f"'{readme}' differs from its results: run python experiments/readme_tables.py")
     if new != old:
-        readme.write_text(new)
+        save_text(readme, new)
     for path, rows in {} if CHECK.value else pictures.items():
         plot_perplexities(path, rows)
 

@@ -1,15 +1,33 @@
-"""JSON and text files, written whole or not at all, and read with a word about what is wrong."""
+"""Files that are written whole or not at all; JSON, read with a word about what is wrong."""
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """Gives the path of a file to write, which takes its place at the end: no reader or killed run sees half of it.
+
+    Args:
+        path: the file; missing folders are made. What is written has its suffix; after an error nothing is left of it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.stem}.unfinished{path.suffix}")
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 def save_json(path: str | Path, content: Any, indent: int = 2) -> None:
-    """Writes JSON through a file beside it, so that a reader, or a killed run, never sees half of it.
+    """Writes JSON; see `whole_file`.
 
     Args:
         path: the file; missing folders are made.
@@ -20,12 +38,9 @@ def save_json(path: str | Path, content: Any, indent: int = 2) -> None:
 
 
 def save_text(path: str | Path, text: str) -> None:
-    """Writes a text in the same way; see `save_json`."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+    """Writes a text; see `whole_file`."""
+    with whole_file(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def continues(path: str | Path | None, *, resume: bool, overwrite: bool) -> bool:

@@ -1,10 +1,10 @@
-"""Records of measurements in a file."""
+"""Files that appear whole; records of measurements in one."""
 
 import json
 
 import pytest
 
-from mobiquant_jax.files import RecordFile
+from mobiquant_jax.files import RecordFile, whole_file
 
 
 @pytest.fixture
@@ -30,3 +30,16 @@ def test_a_file_that_holds_something_else_is_kept(records, content):
     with pytest.raises(ValueError, match="records.json' holds no list 'runs' of records"):
         records.save({"model": "a", "mesh": 1})
     assert records.path.read_text() == content
+
+
+@pytest.mark.parametrize("name", ["made/table.md", "made/figure.png", "made/README"])
+def test_a_file_is_replaced_whole_or_kept(tmp_path, name):
+    path = tmp_path / name
+    with whole_file(path) as unfinished:
+        assert unfinished.suffix == path.suffix or not path.suffix
+        unfinished.write_text("first")
+        assert not path.exists()
+    with pytest.raises(KeyboardInterrupt), whole_file(path) as unfinished:
+        unfinished.write_text("half of the sec")
+        raise KeyboardInterrupt
+    assert path.read_text() == "first" and list(path.parent.iterdir()) == [path]

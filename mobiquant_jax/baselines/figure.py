@@ -11,6 +11,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MultipleLocator, NullFo
 
 from mobiquant_jax.baselines.results import Row
 from mobiquant_jax.evaluation.report import ACCENT, COLORS, INK, MUTED, STYLE
+from mobiquant_jax.files import whole_file
 
 HIGHEST = 10.0  # times the best: what lies above is broken, and would flatten all else
 MARKERS = "sD^vPX*"
@@ -57,7 +58,8 @@ def plot_perplexities(path: str | Path, rows: Sequence[Row]) -> None:
         axes.tick_params(colors=INK)
         axes.legend(frameon=False, labelcolor=INK)
         axes.set_title(f"perplexities up to {HIGHEST:g} times the best", loc="left", fontsize=11, color=INK)
-        figure.savefig(path, format="png")
+        with whole_file(path) as unfinished:
+            figure.savefig(unfinished, format="png")
 
 
 def _by_method(rows: Sequence[Row]) -> dict[tuple[str, bool], dict[float, list[Row]]]:

@@ -35,7 +35,7 @@ from jaxtyping import Float, Int
 from mobiquant_jax import distributed
 from mobiquant_jax.calibration.channel_scales import ChannelScales, stack_scales
 from mobiquant_jax.calibration.event_file import EventFile, check_installed
-from mobiquant_jax.files import read_json_object
+from mobiquant_jax.files import read_json_object, whole_file
 from mobiquant_jax.provenance import peak_memory
 
 STAGES = (TUNING, ROUTED, SLICE, FINE, ROUTER) = ("tuning", "routed", "slice", "fine", "router")
@@ -108,9 +108,8 @@ class RunDir:
 
     def save_scales(self, scales: Sequence[ChannelScales]) -> None:
         """Writes them all; the file is replaced only once the new one is complete."""
-        unfinished = self.scales.with_suffix(".unfinished.npz")
-        np.savez(unfinished, **stack_scales(scales)._asdict())
-        unfinished.replace(self.scales)
+        with whole_file(self.scales) as unfinished:
+            np.savez(unfinished, **stack_scales(scales)._asdict())
 
     @property
     def thresholds(self) -> Path:
@@ -242,9 +241,8 @@ def _open(path: str | Path, record: dict[str, Any], *, resume: bool, overwrite: 
 
 def _save_array(path: Path, array: np.ndarray) -> None:
     """Writes a ``.npy`` file, which appears only once it is complete."""
-    unfinished = path.with_suffix(".unfinished.npy")
-    np.save(unfinished, array)
-    unfinished.rename(path)
+    with whole_file(path) as unfinished:
+        np.save(unfinished, array)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MultipleLocator, NullFo
 
 from mobiquant_jax import distributed
 from mobiquant_jax.evaluation.perplexity import PerplexityResult
-from mobiquant_jax.files import save_json
+from mobiquant_jax.files import save_json, whole_file
 from mobiquant_jax.provenance import short_commit
 
 STYLE: dict[Any, Any] = {"font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False}
@@ -157,7 +157,8 @@ def plot_curve(path: str | Path, results: Sequence[PerplexityResult], title: str
         axes.set_ylabel("perplexity", color=INK)
         axes.tick_params(colors=INK)
         axes.set_title(title, loc="left", fontsize=11, color=INK)
-        figure.savefig(path)
+        with whole_file(path) as unfinished:
+            figure.savefig(unfinished)
 
 
 def _reference(results: Iterable[PerplexityResult]) -> PerplexityResult | None:

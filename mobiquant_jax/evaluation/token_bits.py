@@ -21,6 +21,7 @@ from matplotlib.textpath import TextPath
 from mobiquant_jax import distributed
 from mobiquant_jax.evaluation.perplexity import LanguageModel, check_bits
 from mobiquant_jax.evaluation.report import INK, STYLE
+from mobiquant_jax.files import whole_file
 
 COLORMAP = matplotlib.colormaps["YlGnBu"]
 COLORMAP_RANGE = (0.08, 0.82)  # leaves out the near-white and the near-black end
@@ -168,7 +169,8 @@ def plot_token_bits(path: str | Path, token_bits: TokenBits, title: str) -> None
         mean = f"average of these tokens: {np.mean(token_bits.bits):.2f} bits"
         axes.text(200, bottom + 19, mean, fontsize=9, color=INK)
         axes.set(xlim=(-MARGIN, TEXT_WIDTH + MARGIN), ylim=(bottom + FOOT, -HEAD))
-        figure.savefig(path)
+        with whole_file(path) as unfinished:
+            figure.savefig(unfinished)
 
 
 def colors(fraction: float) -> tuple[str, str]:

@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from mobiquant_jax.evaluation.report import ACCENT, COLORS, INK, MUTED, STYLE
 from mobiquant_jax.evaluation.token_bits import COLORMAP, LUMINANCE
+from mobiquant_jax.files import whole_file
 
 DPI = 160
 WIDTH = 9.0  # inches
@@ -46,7 +47,8 @@ def figure(path: str | Path, height: float, rows: int = 1, columns: int = 1, **o
         for one in axes.flat:
             one.tick_params(colors=INK, labelsize=8)
         yield axes
-        drawn.savefig(path)
+        with whole_file(path) as unfinished:
+            drawn.savefig(unfinished)
 
 
 def map_linears(

@@ -52,11 +52,19 @@ def continues(path: str | Path | None, *, resume: bool, overwrite: bool) -> bool
         overwrite: replace it.
 
     Raises:
-        ValueError: both flags, or a file in the way without a flag.
+        ValueError: both flags, a path that no file can have, or a file in the way without a flag.
     """
     if resume and overwrite:
         raise ValueError("give one of --resume and --overwrite")
-    if path is None or not Path(path).exists() or overwrite:
+    if path is None:
+        return False
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"'{path}' is a folder, not a file")
+    for folder in path.parents:
+        if folder.exists() and not folder.is_dir():  # rather than when all has been measured
+            raise ValueError(f"'{path}' cannot be written: '{folder}' is no folder")
+    if not path.exists() or overwrite:
         return False
     if not resume:
         raise ValueError(f"'{path}' exists: --resume adds what is missing, --overwrite starts over")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mobiquant_jax.files import RecordFile, whole_file
+from mobiquant_jax.files import RecordFile, continues, whole_file
 
 
 @pytest.fixture
@@ -43,3 +43,14 @@ def test_a_file_is_replaced_whole_or_kept(tmp_path, name):
         unfinished.write_text("half of the sec")
         raise KeyboardInterrupt
     assert path.read_text() == "first" and list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("", "is a folder"), ("table.md/more/rows.json", "table.md' is no folder")]
+)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_path_that_no_file_can_have_is_found_before_anything_is_measured(tmp_path, name, reason, overwrite):
+    (tmp_path / "table.md").write_text("kept")
+    with pytest.raises(ValueError, match=reason):
+        continues(tmp_path / name, resume=False, overwrite=overwrite)
+    assert not continues(tmp_path / "new" / "rows.json", resume=False, overwrite=overwrite)

@@ -144,11 +144,7 @@ def test_the_backward_pass_of_gains_equals_the_unsplit_one(mesh, model, linear):
     ("axes", "tokens", "gathered"),
     [
         (dict(data=2, fsdp=2, model=2), 1, 4 * 32),  # rows of all tokens
-        (
-            dict(data=2, fsdp=2, model=2),
-            20,
-            48 * 32,
-        ),  # a device's rows: fewer than tokens
+        (dict(data=2, fsdp=2, model=2), 20, 48 * 32),  # a device's rows, which are fewer
         (dict(data=2, fsdp=2, model=2), 40, 48 * 32),
         (dict(data=8, fsdp=1, model=1), 1, 0),  # whole on every device
         (dict(data=4, fsdp=1, model=2), 1, 0),

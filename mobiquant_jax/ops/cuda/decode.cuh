@@ -19,10 +19,10 @@ namespace mobiquant {
 struct DecodeArgs {
   Weights weights;
   Segments segments;
-  const __nv_bfloat16* x;  // [tokens, inputs]
-  const int32_t* depth;    // [segments, tokens]
+  const __nv_bfloat16* x;   // [tokens, inputs]
+  const int32_t* depth;     // [segments, tokens]
   const int32_t* expected;  // how many slices will probably be read: a scalar on the device, or null for 1
-  float* out;              // [splits, tokens, 16 * tiles]
+  float* out;               // [splits, tokens, 16 * tiles]
   int tokens, inputs;
   int split_blocks;   // blocks of a split: blockIdx.y
   int prefetch;       // bytes of slices a thread block fetches before x and the depths are there: see route.cuh

@@ -24,7 +24,7 @@ class BenchmarkSettings:
     """
 
     context: int = 1024
-    steps: int = 64
+    steps: int = 128
     batches: tuple[int, ...] = (1, 4, 16)
     bits: tuple[float, ...] = (2.0, 3.0, 4.0, 6.0, 8.0)
     prefill: tuple[int, ...] = (512, 2048)

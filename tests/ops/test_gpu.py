@@ -67,6 +67,19 @@ def test_one_depth_for_all(tokens, depth, stacked_weights, exact_product):
     assert error(got.astype(jnp.float32), exact_product(x, weights, depths, 2)) < 5e-3
 
 
+@pytest.mark.parametrize("tokens", [40, 500, 2050])
+@pytest.mark.parametrize("rare", [(0, 0, 0), (1, 1, 1), (64, 0, 65), (200, 17, 3)])
+def test_depths_that_few_tokens_have(rare, tokens, stacked_weights, exact_product):
+    rng = np.random.default_rng(tokens + sum(rare))
+    weights, x, _ = draw(rng, stacked_weights, tokens, 256, (512, 128))
+    depths = np.full((2, tokens), 2, np.int32)
+    for row in depths:
+        row[: sum(rare)] = np.repeat([1, 3, 4], rare)[:tokens]
+        rng.shuffle(row)
+    got = sliced_matmul(x, tile_weight(weights), jnp.asarray(depths), layer=1, implementation="gpu")
+    assert error(got, exact_product(x, weights, depths, 1)) < LIMITS["prefill"]
+
+
 @pytest.mark.parametrize("tokens", [2, 40])
 def test_outliers_and_what_is_not_finite(tokens, stacked_weights, exact_product):
     rng = np.random.default_rng(tokens)

@@ -164,6 +164,7 @@ __global__ void __launch_bounds__(DecodeShape<GB, WARPS, SLOTS>::kThreads, 1)
           if (slice == 0) prefetch_bulk(args.weights.affine + piece * GB * 8, count * GB * 64);
           left -= count * kPieceBytes;
         }
+        if (slice == 0 && expected > 2) left += args.prefetch / 2;  // the more is read, the less of it waits in vain
       } while (++slice < min(expected, kMaxSlices) && left >= kPieceBytes);
     }
     wait_for_previous();

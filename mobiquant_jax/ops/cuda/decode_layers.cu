@@ -14,7 +14,7 @@ namespace {
 
 constexpr int kSites = 4;                  // query-key-value, output, gate-up, down
 constexpr int kSiteArrays = 7 + kMaxSlices;
-constexpr int kPrefetchBytes = 96 * 1024;  // of a thread block's slices: about what memory gives while the router runs
+constexpr int kPrefetchBytes = 64 * 1024;  // of a thread block's slices: about what memory gives while the router runs
 
 // The linears of one input: what they hold of the first layer.
 struct Site {

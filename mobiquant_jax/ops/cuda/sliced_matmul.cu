@@ -22,16 +22,16 @@ ffi::Error decode(cudaStream_t stream, Halves x, Integers depth, Integers layer,
 }
 
 template <typename Out>
-ffi::Error launch_prefill(cudaStream_t stream, const PrefillArgs& args) {
-  plan_kernel<<<args.segments.count, kPlanThreads, 0, stream>>>(args);
-  const int stages = args.weights.blocks * kBlockInputs / kStageInputs;
-  const Plan plan(args.plan, args.tokens);
-  const dim3 grid(plan.most, args.segments.count, (stages + kPackStages - 1) / kPackStages);
-  pack_kernel<<<grid, kPackThreads, 0, stream>>>(args);
+ffi::Error launch_prefill(cudaStream_t stream, PrefillArgs args) {
+  args.clusters = processors() / kCluster;
+  plan_kernel<<<args.segments.count, kPlanThreads, sizeof(PlanShared), stream>>>(args);
   if (cudaError_t error = cudaGetLastError()) return check(error, "sliced_matmul");
-  const int blocks = processors() / kCluster * kCluster;
-  return check(launch(prefill_kernel<kGroups, Out>, dim3(blocks), kPrefillThreads, kPrefillShared, stream, kCluster,
-                      false, args),
+  const int stages = args.weights.blocks * kBlockInputs / kStageInputs;
+  const dim3 grid(Plan::most_tiles(args.tokens), args.segments.count, (stages + kPackStages - 1) / kPackStages);
+  if (cudaError_t error = launch(pack_kernel, grid, kPackThreads, 0, stream, 1, true, args))
+    return check(error, "sliced_matmul");
+  return check(launch(prefill_kernel<kGroups, Out>, dim3(args.clusters * kCluster), kPrefillThreads, kPrefillShared,
+                      stream, kCluster, true, args),
                "sliced_matmul");
 }
 

@@ -23,7 +23,7 @@ SOURCE = Path(compiler.__file__).parent / "cuda" / "sliced_matmul.cu"
 _HANDLERS = {"decode": "SlicedMatmulDecode", "prefill": "SlicedMatmulPrefill"}
 _SHARED_BYTES = 96 * 1024  # of a thread block's shared memory for x; the rest holds weights on their way
 _PROCESSORS = 132
-_TILE_TOKENS, _WIDTHS, _MOST_SEGMENTS, _MOST_TOKENS = 256, 4, 4, 65535  # of cuda/prefill.cuh
+_LEAST_TILE, _TILE_UNIT, _TILE_WIDTHS, MOST_SEGMENTS, _MOST_TOKENS = 64, 16, 16, 4, 65535  # of cuda/prefill_plan.cuh
 
 
 def sliced_matmul(
@@ -62,7 +62,8 @@ def sliced_matmul(
         exact = dtype if dtype == jnp.bfloat16 else jnp.float32
         out = jax.ShapeDtypeStruct((tokens, outputs), exact)
         plan = jax.ShapeDtypeStruct((plan_integers(tokens),), jnp.int32)
-        packed = jax.ShapeDtypeStruct(packed_shape(x, weight), jnp.bfloat16)
+        padded = weight.planes[0].shape[2] * BLOCK_INPUTS
+        packed = jax.ShapeDtypeStruct((len(weight.segments), packed_rows(tokens), padded), jnp.bfloat16)
         y, _, _ = jax.ffi.ffi_call(targets["prefill"], (out, plan, packed))(*operands, **attributes)
         y = y.astype(dtype)
     return _without_padding(y, weight)
@@ -80,8 +81,8 @@ def check_supported(x: Float[Array, "N in"], weight: TiledWeight) -> None:
 def check_device(weight: TiledWeight) -> None:
     """Raises NotImplementedError unless this is a Hopper GPU and the weight's linears are few enough."""
     compiler.check_hopper()
-    if len(weight.segments) > _MOST_SEGMENTS:
-        raise NotImplementedError(f"the CUDA kernels fuse {_MOST_SEGMENTS} linears, not {len(weight.segments)}")
+    if len(weight.segments) > MOST_SEGMENTS:
+        raise NotImplementedError(f"the CUDA kernels fuse {MOST_SEGMENTS} linears, not {len(weight.segments)}")
 
 
 def decode_splits(tokens: int, tiles: int, blocks: int) -> int:
@@ -95,14 +96,13 @@ def decode_splits(tokens: int, tiles: int, blocks: int) -> int:
 
 
 def plan_integers(tokens: int) -> int:
-    """Size of the prefill kernel's table of token tiles: ``Plan::ints`` of cuda/prefill.cuh."""
-    tiles = tokens // _TILE_TOKENS + 4
-    return _MOST_SEGMENTS * (4 * tiles + _WIDTHS + tokens)
+    """Size of the prefill kernel's table of token tiles: ``Plan::ints`` of cuda/prefill_plan.cuh."""
+    return MOST_SEGMENTS * (4 * (tokens // _LEAST_TILE + 4) + _TILE_WIDTHS + 1 + tokens)
 
 
-def packed_shape(x: Float[Array, "N in"], weight: TiledWeight) -> tuple[int, int, int]:
-    """Of the prefill kernel's tokens in their order by depth, for each linear: ``packed_rows`` of cuda/prefill.cuh."""
-    return len(weight.segments), x.shape[0] + 4 * 64, weight.planes[0].shape[2] * BLOCK_INPUTS
+def packed_rows(tokens: int) -> int:
+    """Rows of the prefill kernel's tokens in their order by depth: ``packed_rows`` of cuda/prefill_plan.cuh."""
+    return (-(-tokens // _TILE_UNIT) + 3) * _TILE_UNIT
 
 
 @functools.cache

@@ -1,10 +1,11 @@
-// CUDA for the host compiler, as far as the decode kernel goes: a thread for each lane, in place of the real ptx.cuh.
+// CUDA for the host compiler, as far as the kernels that the tests run go: a thread for each lane, in place of the real ptx.cuh.
 // Slow, and stricter than a GPU: every access to shared memory is checked against what the launch asked for.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
 #include <barrier>
+#include <bit>
 #include <cmath>
 #include <condition_variable>
 #include <cstdint>
@@ -32,6 +33,9 @@ struct uint2 {
 struct float2 {
   float x, y;
 };
+struct int4 {
+  int x, y, z, w;
+};
 struct uint4 {
   uint32_t x, y, z, w;
 };
@@ -39,6 +43,7 @@ struct dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
 inline float2 make_float2(float x, float y) { return {x, y}; }
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
@@ -54,6 +59,11 @@ To bits_as(From from) {
 inline float __uint_as_float(uint32_t v) { return bits_as<float>(v); }
 inline float __int_as_float(int v) { return bits_as<float>(v); }
 inline uint32_t __float_as_uint(float v) { return bits_as<uint32_t>(v); }
+inline int __clz(uint32_t v) { return std::countl_zero(v); }
+template <typename T>
+T __ldg(const T* from) {
+  return *from;
+}
 inline float __fdividef(float a, float b) { return std::fabs(b) > 0x1p126f ? 0.0f : a / b; }
 inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
   const uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;
@@ -83,7 +93,8 @@ inline bool check_shared(uint32_t address, int bytes) {
 
 struct Warp {
   std::barrier<> barrier{32};
-  uint32_t value[32], a[32][4], b[32][2];
+  uint64_t value[32];
+  uint32_t a[32][4], b[32][2];
 };
 struct PhaseBarrier {
   std::mutex mutex;
@@ -123,18 +134,37 @@ inline std::barrier<>& named_barrier(int id, int threads) {
 }  // namespace mobiquant
 
 inline void __syncwarp() { mobiquant::this_warp().barrier.arrive_and_wait(); }
+inline void __syncthreads() { mobiquant::named_barrier(0, mobiquant::block->warps.size() * 32).arrive_and_wait(); }
 template <typename T>
-T __shfl_xor_sync(unsigned, T value, int step) {
+T __shfl_sync(unsigned, T value, int lane) {
   auto& warp = mobiquant::this_warp();
-  warp.value[mobiquant::lane_id()] = bits_as<uint32_t>(value);
+  std::memcpy(&warp.value[mobiquant::lane_id()], &value, sizeof value);
   __syncwarp();
-  const T other = bits_as<T>(warp.value[mobiquant::lane_id() ^ step]);
+  T other;
+  std::memcpy(&other, &warp.value[lane], sizeof other);
   __syncwarp();
   return other;
+}
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int step) {
+  return __shfl_sync(~0u, value, mobiquant::lane_id() ^ step);
+}
+template <typename T>
+T __shfl_up_sync(unsigned, T value, int step) {
+  return __shfl_sync(~0u, value, std::max(mobiquant::lane_id() - step, 0));
 }
 inline int __reduce_max_sync(unsigned, int value) {
   for (int step = 1; step < 32; step *= 2) value = std::max(value, __shfl_xor_sync(~0u, value, step));
   return value;
+}
+inline uint32_t __reduce_min_sync(unsigned, uint32_t value) {
+  for (int step = 1; step < 32; step *= 2) value = std::min(value, __shfl_xor_sync(~0u, value, step));
+  return value;
+}
+inline uint32_t __ballot_sync(unsigned, bool value) {
+  uint32_t votes = 0;
+  for (int lane = 0; lane < 32; ++lane) votes |= static_cast<uint32_t>(__shfl_sync(~0u, value, lane)) << lane;
+  return votes;
 }
 
 namespace mobiquant {
@@ -229,20 +259,20 @@ bool launch(Kernel kernel, dim3 grid, int threads, int bytes, const Args& args) 
   if (bytes > kMostShared) return fail("too much shared memory", bytes);
   shared_bytes = bytes;
   failed = false;
-  for (unsigned y = 0; y < grid.y; ++y)
-    for (unsigned x = 0; x < grid.x; ++x) {
-      Block made;
-      for (int w = 0; w < threads / 32; ++w) made.warps.push_back(std::make_unique<Warp>());
-      block = &made;
-      std::memset(shared, 0xa5, kMostShared);
-      std::vector<std::thread> lanes;
-      for (int t = 0; t < threads; ++t)
-        lanes.emplace_back([=] {
-          threadIdx = {static_cast<unsigned>(t)}, blockIdx = {x, y}, gridDim = grid;
-          kernel(args);
-        });
-      for (auto& lane : lanes) lane.join();
-    }
+  for (unsigned index = 0; index < grid.x * grid.y * grid.z; ++index) {
+    const dim3 place{index % grid.x, index / grid.x % grid.y, index / grid.x / grid.y};
+    Block made;
+    for (int w = 0; w < threads / 32; ++w) made.warps.push_back(std::make_unique<Warp>());
+    block = &made;
+    std::memset(shared, 0xa5, kMostShared);
+    std::vector<std::thread> lanes;
+    for (int t = 0; t < threads; ++t)
+      lanes.emplace_back([=] {
+        threadIdx = {static_cast<unsigned>(t)}, blockIdx = place, gridDim = grid;
+        kernel(args);
+      });
+    for (auto& lane : lanes) lane.join();
+  }
   return !failed;
 }
 

@@ -1,0 +1,109 @@
+"""What comes before the CUDA prefill kernel, compiled for the CPU: every token's every output is made once."""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mobiquant_jax.ops.sliced_matmul import gpu
+from mobiquant_jax.ops.sliced_matmul.layout import BLOCK_INPUTS
+
+HERE = Path(__file__).parent / "cuda_on_cpu"
+FIELDS = ("segment", "depth", "first", "tokens", "row", "tile", "end_tile")
+UNIT, STAGE, ITEM_TILES = 16, 64, 8  # of cuda/prefill_plan.cuh
+
+
+@pytest.fixture(scope="module")
+def prefill_plan(tmp_path_factory):
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    folder = tmp_path_factory.mktemp("cuda")
+    for path in (*(gpu.SOURCE.parent / name for name in ("prefill_plan.cuh", "common.cuh")), *HERE.iterdir()):
+        shutil.copy(path, folder)
+    library = folder / "prefill_plan.so"
+    flags = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread", f"-I{folder}"]
+    subprocess.run(["g++", *flags, "-o", str(library), str(folder / "prefill_plan.cpp")], check=True)
+    function = ctypes.CDLL(str(library)).prefill_plan
+    function.restype = ctypes.c_bool
+    return function
+
+
+def run(function, x, depths, segment_tiles, clusters):
+    """Tokens in the order of the plan, packed tokens as bits, and each cluster's two blocks' items as dictionaries."""
+    segments, tokens = depths.shape
+    blocks = -(-x.shape[1] // BLOCK_INPUTS)
+    plan = np.full(gpu.plan_integers(tokens), -1, np.int32)
+    packed = np.full((segments, gpu.packed_rows(tokens), blocks * BLOCK_INPUTS), 0xFFFF, np.uint16)
+    most = 64 + 4 * segments * tokens * sum(segment_tiles) // clusters
+    items = np.zeros((clusters, 2, most, len(FIELDS)), np.int32)
+    sizes = [tokens, x.shape[1], blocks, clusters, most, plan.size, packed.size, segments, *np.cumsum(segment_tiles)]
+    arrays = (x, depths, np.array(sizes, np.int32), plan, packed, items)
+    assert function(*(ctypes.c_void_p(array.ctypes.data) for array in arrays)), "an access was wrong"
+    order = plan[plan.size - gpu.MOST_SEGMENTS * tokens :][: segments * tokens].reshape(segments, tokens)
+    taken = [
+        [[dict(zip(FIELDS, item, strict=True)) for item in block.tolist() if item[3] > 0] for block in cluster]
+        for cluster in items
+    ]
+    return order, packed, taken
+
+
+def draw_depths(rng, segments, tokens, shares):
+    return np.stack([rng.choice(4, tokens, p=shares) + 1 for _ in range(segments)]).astype(np.int32)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "inputs", "segment_tiles", "clusters", "shares"),
+    [
+        (2048, 64, (64, 16, 16), 66, (0.25, 0.25, 0.25, 0.25)),
+        (300, 200, (5, 3), 2, (0.25, 0.25, 0.25, 0.25)),  # tiles without outputs, inputs that end within a stage
+        (1030, 64, (40,), 3, (0.01, 0.98, 0.0, 0.01)),
+        (17, 64, (16, 16, 16, 16), 66, (0.5, 0.0, 0.5, 0.0)),
+        (513, 64, (33,), 1, (0.0, 0.0, 0.0, 1.0)),
+    ],
+)
+def test_every_token_meets_every_output_once(tokens, inputs, segment_tiles, clusters, shares, prefill_plan):
+    rng = np.random.default_rng(tokens)
+    depths = draw_depths(rng, len(segment_tiles), tokens, shares)
+    x = rng.integers(1, 1 << 15, (tokens, inputs), dtype=np.uint16)
+    order, packed, taken = run(prefill_plan, x, depths, segment_tiles, clusters)
+    starts = np.cumsum((0, *segment_tiles))
+    made = np.zeros((tokens, starts[-1]), int)
+    for cluster in taken:
+        assert len(cluster[0]) == len(cluster[1])
+        widths = [-(-item["tokens"] // UNIT) for item in cluster[0]]
+        assert widths == sorted(widths, reverse=True) and max(widths, default=0) <= 16
+        for one, other in zip(*cluster, strict=True):
+            assert one | {"tile": other["tile"]} == other and other["tile"] == one["tile"] + ITEM_TILES
+            for item in (one, other):
+                s = item["segment"]
+                assert item["end_tile"] == starts[s + 1] and item["tile"] >= starts[s]
+                rows = order[s, item["first"] : item["first"] + item["tokens"]]
+                assert (depths[s, rows] == item["depth"]).all()
+                made[rows, item["tile"] : min(item["tile"] + ITEM_TILES, item["end_tile"])] += 1
+                assert_packed(packed[s], item, x[rows])
+    np.testing.assert_array_equal(made, 1)
+
+
+def assert_packed(packed, item, x):
+    """A tile's rows are its tokens, stage after stage, in swizzled chunks of 16 bytes, filled up with zeros."""
+    rows = -(-item["tokens"] // UNIT) * UNIT
+    want = np.zeros((rows, packed.shape[1]), np.uint16)
+    want[: len(x), : x.shape[1]] = x
+    stages = packed[item["row"] : item["row"] + rows].reshape(-1, rows, STAGE // 8, 8)
+    chunks = np.arange(STAGE // 8) ^ (np.arange(rows) % 8)[:, None]
+    got = np.take_along_axis(stages, chunks[None, :, :, None], axis=2)
+    np.testing.assert_array_equal(got, want.reshape(rows, -1, STAGE // 8, 8).swapaxes(0, 1))
+
+
+def test_tiles_are_cut_so_that_the_turns_are_over_soonest(prefill_plan):
+    x = np.ones((512, 64), np.uint16)
+    # 16 groups of outputs: four tiles fill 64 of 66 clusters, eight would take two turns.
+    depths = np.repeat(np.arange(1, 5, dtype=np.int32), 128)[None]
+    _, _, taken = run(prefill_plan, x, depths, (256,), 66)
+    assert [len(cluster[0]) for cluster in taken] == [1] * 64 + [0] * 2
+    # 33 groups: one tile leaves half of the clusters idle, two of half its width do not.
+    _, _, taken = run(prefill_plan, x[:256], np.full((1, 256), 3, np.int32), (528,), 66)
+    assert all(len(cluster[0]) == 1 and cluster[0][0]["tokens"] == 128 for cluster in taken)

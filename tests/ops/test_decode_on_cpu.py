@@ -107,7 +107,8 @@ def test_a_token_next_to_nothing_and_one_that_is_not_finite(compiled, stacked_we
         (2, 3 * 512, 3, 3),
         (4, 0, 0, 0),
         (2, 12 * 512, 12, 12),
-        (4, 12 * 512, 18, 12),  # half as much again of the other slices where three or four are expected
+        (4, 12 * 512, 18, 12),  # half as much again where three or four are expected, of any slice
+        (4, 4 * 512, 6, 6),
     ],
 )
 @pytest.mark.parametrize("group_size", [32, 128])

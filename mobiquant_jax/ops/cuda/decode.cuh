@@ -156,6 +156,7 @@ __global__ void __launch_bounds__(DecodeShape<GB, WARPS, SLOTS>::kThreads, 1)
       // are expected.
       const int expected = args.expected ? *args.expected : 1;
       int left = blocks > 0 ? args.prefetch : 0, slice = 0;
+      bool more = true;
       do {
         for (int tile = first_tile; tile < tiles && left >= kPieceBytes; tile += stride) {
           const size_t piece = (layer * tiles + tile) * args.weights.blocks + first_block;
@@ -163,8 +164,9 @@ __global__ void __launch_bounds__(DecodeShape<GB, WARPS, SLOTS>::kThreads, 1)
           prefetch_bulk(args.weights.planes[slice] + piece * kPieceBytes, count * kPieceBytes);
           if (slice == 0) prefetch_bulk(args.weights.affine + piece * GB * 8, count * GB * 64);
           left -= count * kPieceBytes;
+          // Half as much again of many slices: that takes no longer than their product.
+          if (more && left < blocks * kPieceBytes && expected > 2) left += args.prefetch / 2, more = false;
         }
-        if (slice == 0 && expected > 2) left += args.prefetch / 2;  // the more is read, the less of it waits in vain
       } while (++slice < min(expected, kMaxSlices) && left >= kPieceBytes);
     }
     wait_for_previous();

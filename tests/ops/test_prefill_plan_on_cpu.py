@@ -57,10 +57,10 @@ def draw_depths(rng, segments, tokens, shares):
 @pytest.mark.parametrize(
     ("tokens", "inputs", "segment_tiles", "clusters", "shares"),
     [
-        (2048, 64, (64, 16, 16), 66, (0.25, 0.25, 0.25, 0.25)),
+        (2048, 64, (64, 16, 16), 9, (0.25, 0.25, 0.25, 0.25)),
         (300, 200, (5, 3), 2, (0.25, 0.25, 0.25, 0.25)),  # tiles without outputs, inputs that end within a stage
         (1030, 64, (40,), 3, (0.01, 0.98, 0.0, 0.01)),
-        (17, 64, (16, 16, 16, 16), 66, (0.5, 0.0, 0.5, 0.0)),
+        (17, 64, (16, 16, 16, 16), 7, (0.5, 0.0, 0.5, 0.0)),
         (513, 64, (33,), 1, (0.0, 0.0, 0.0, 1.0)),
     ],
 )
@@ -100,10 +100,10 @@ def assert_packed(packed, item, x):
 
 def test_tiles_are_cut_so_that_the_turns_are_over_soonest(prefill_plan):
     x = np.ones((512, 64), np.uint16)
-    # 16 groups of outputs: four tiles fill 64 of 66 clusters, eight would take two turns.
+    # Two groups of outputs and four runs: four tiles fill eight of nine clusters, eight would take two turns.
     depths = np.repeat(np.arange(1, 5, dtype=np.int32), 128)[None]
-    _, _, taken = run(prefill_plan, x, depths, (256,), 66)
-    assert [len(cluster[0]) for cluster in taken] == [1] * 64 + [0] * 2
-    # 33 groups: one tile leaves half of the clusters idle, two of half its width do not.
-    _, _, taken = run(prefill_plan, x[:256], np.full((1, 256), 3, np.int32), (528,), 66)
+    _, _, taken = run(prefill_plan, x, depths, (32,), 9)
+    assert [len(cluster[0]) for cluster in taken] == [1] * 8 + [0]
+    # Three groups and one run: one tile leaves half of six clusters idle, two of half its width do not.
+    _, _, taken = run(prefill_plan, x[:256], np.full((1, 256), 3, np.int32), (48,), 6)
     assert all(len(cluster[0]) == 1 and cluster[0][0]["tokens"] == 128 for cluster in taken)

@@ -162,8 +162,12 @@ inline uint32_t __reduce_min_sync(unsigned, uint32_t value) {
   return value;
 }
 inline uint32_t __ballot_sync(unsigned, bool value) {
+  auto& warp = mobiquant::this_warp();
+  warp.value[mobiquant::lane_id()] = value;
+  __syncwarp();
   uint32_t votes = 0;
-  for (int lane = 0; lane < 32; ++lane) votes |= static_cast<uint32_t>(__shfl_sync(~0u, value, lane)) << lane;
+  for (int lane = 0; lane < 32; ++lane) votes |= static_cast<uint32_t>(warp.value[lane]) << lane;
+  __syncwarp();
   return votes;
 }
 

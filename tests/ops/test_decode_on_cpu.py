@@ -109,6 +109,7 @@ def test_a_token_next_to_nothing_and_one_that_is_not_finite(compiled, stacked_we
         (2, 12 * 512, 12, 12),
         (4, 12 * 512, 18, 12),  # half as much again where three or four are expected, of any slice
         (4, 4 * 512, 6, 6),
+        (4, 3 * 512, 4, 4),  # before another tile is begun
     ],
 )
 @pytest.mark.parametrize("group_size", [32, 128])

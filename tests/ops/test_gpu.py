@@ -67,6 +67,24 @@ def test_one_depth_for_all(tokens, depth, stacked_weights, exact_product):
     assert error(got.astype(jnp.float32), exact_product(x, weights, depths, 2)) < 5e-3
 
 
+@pytest.mark.parametrize(
+    ("group_size", "dtype"), [(128, "bfloat16"), (128, "float32"), (64, "bfloat16"), (32, "float32")]
+)
+def test_every_width_of_a_tile(group_size, dtype, stacked_weights, exact_product):
+    rng = np.random.default_rng(group_size)
+    # As many outputs as keep 66 clusters busy with one tile: cut in two, it would take two turns.
+    outputs = 66 * 256
+    weights = stacked_weights(rng, 1, 256, (outputs,), group_size)
+    tiled = tile_weight(weights)
+    matmul = jax.jit(partial(sliced_matmul, implementation="gpu", dtype=dtype))
+    for width in range(2, 17):
+        tokens = 16 * width - 3
+        x = jnp.asarray(rng.normal(loc=0.1, size=(tokens, 256)), jnp.bfloat16)
+        depths = jnp.full((1, tokens), width % 4 + 1)
+        got = matmul(x, tiled, depths, layer=jnp.int32(0)).astype(jnp.float32)
+        assert error(got, exact_product(x, weights, depths, 0)) < (5e-3 if dtype == "bfloat16" else LIMITS["prefill"])
+
+
 @pytest.mark.parametrize("tokens", [40, 500, 2050])
 @pytest.mark.parametrize("rare", [(0, 0, 0), (1, 1, 1), (64, 0, 65), (200, 17, 3)])
 def test_depths_that_few_tokens_have(rare, tokens, stacked_weights, exact_product):

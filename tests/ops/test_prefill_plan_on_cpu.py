@@ -3,6 +3,7 @@
 import ctypes
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,9 @@ from mobiquant_jax.ops.sliced_matmul.layout import BLOCK_INPUTS
 
 HERE = Path(__file__).parent / "cuda_on_cpu"
 FIELDS = ("segment", "depth", "first", "tokens", "row", "tile", "end_tile")
-UNIT, STAGE, ITEM_TILES = 16, 64, 8  # of cuda/prefill_plan.cuh
+UNIT, STAGE, ITEM_TILES, GROUP_TILES, LEAST_UNITS, MOST_UNITS, FIXED = 16, 64, 8, 16, 4, 16, 10  # of prefill_plan.cuh
+
+GUARD = 64  # of what lies around an array and must stay as it is
 
 
 @pytest.fixture(scope="module")
@@ -35,19 +38,24 @@ def run(function, x, depths, segment_tiles, clusters):
     """Tokens in the order of the plan, packed tokens as bits, and each cluster's two blocks' items as dictionaries."""
     segments, tokens = depths.shape
     blocks = -(-x.shape[1] // BLOCK_INPUTS)
-    plan = np.full(gpu.plan_integers(tokens), -1, np.int32)
-    packed = np.full((segments, gpu.packed_rows(tokens), blocks * BLOCK_INPUTS), 0xFFFF, np.uint16)
-    most = 64 + 4 * segments * tokens * sum(segment_tiles) // clusters
+    guarded_plan = np.full(gpu.plan_integers(tokens) + 2 * GUARD, -1, np.int32)
+    shape = segments, gpu.packed_rows(tokens), blocks * BLOCK_INPUTS
+    guarded_packed = np.full(np.prod(shape) + 2 * GUARD, 0xFFFF, np.uint16)
+    plan, packed = (whole[GUARD:-GUARD] for whole in (guarded_plan, guarded_packed))
+    tiles = tokens // (LEAST_UNITS * UNIT) + 4
+    most = 1 + tiles * sum(-(-tile // GROUP_TILES) for tile in segment_tiles) // clusters
     items = np.zeros((clusters, 2, most, len(FIELDS)), np.int32)
     sizes = [tokens, x.shape[1], blocks, clusters, most, plan.size, packed.size, segments, *np.cumsum(segment_tiles)]
     arrays = (x, depths, np.array(sizes, np.int32), plan, packed, items)
     assert function(*(ctypes.c_void_p(array.ctypes.data) for array in arrays)), "an access was wrong"
+    for whole, filling in (guarded_plan, -1), (guarded_packed, 0xFFFF):
+        assert (whole[:GUARD] == filling).all() and (whole[-GUARD:] == filling).all()
     order = plan[plan.size - gpu.MOST_SEGMENTS * tokens :][: segments * tokens].reshape(segments, tokens)
     taken = [
         [[dict(zip(FIELDS, item, strict=True)) for item in block.tolist() if item[3] > 0] for block in cluster]
         for cluster in items
     ]
-    return order, packed, taken
+    return order, packed.reshape(shape), taken
 
 
 def draw_depths(rng, segments, tokens, shares):
@@ -98,12 +106,40 @@ def assert_packed(packed, item, x):
     np.testing.assert_array_equal(got, want.reshape(rows, -1, STAGE // 8, 8).swapaxes(0, 1))
 
 
-def test_tiles_are_cut_so_that_the_turns_are_over_soonest(prefill_plan):
-    x = np.ones((512, 64), np.uint16)
-    # Two groups of outputs and four runs: four tiles fill eight of nine clusters, eight would take two turns.
-    depths = np.repeat(np.arange(1, 5, dtype=np.int32), 128)[None]
-    _, _, taken = run(prefill_plan, x, depths, (32,), 9)
-    assert [len(cluster[0]) for cluster in taken] == [1] * 8 + [0]
-    # Three groups and one run: one tile leaves half of six clusters idle, two of half its width do not.
-    _, _, taken = run(prefill_plan, x[:256], np.full((1, 256), 3, np.int32), (48,), 6)
-    assert all(len(cluster[0]) == 1 and cluster[0][0]["tokens"] == 128 for cluster in taken)
+@pytest.mark.parametrize(
+    ("runs", "segment_tiles", "clusters"),
+    [
+        ([[128, 128, 128, 128]], (32,), 9),  # four tiles fill eight of nine clusters, eight would take two turns
+        ([[0, 0, 256, 0]], (48,), 6),  # one tile leaves half of the clusters idle, two of half its width do not
+        ([[0, 512, 0, 0]], (112,), 5),  # wide tiles: an item takes a while whatever its width
+        ([[2, 262, 53, 7]], (48,), 7),  # of equal ones the widest
+        ([[0, 256, 0, 0], [0, 0, 0, 256]], (16, 80), 12),  # the second linear decides
+        ([[500, 17, 300, 1], [1, 2, 3, 812]], (40, 16), 7),
+        ([[130, 120, 125, 137], [100, 156, 90, 166], [512, 0, 0, 0]], (64, 16, 16), 11),
+    ],
+)
+def test_tiles_are_cut_so_that_the_turns_are_over_soonest(runs, segment_tiles, clusters, prefill_plan):
+    depths = np.array([np.repeat(np.arange(1, 5), run) for run in runs], np.int32)
+    *_, taken = run(prefill_plan, np.ones((depths.shape[1], 64), np.uint16), depths, segment_tiles, clusters)
+    got = {(item["segment"], item["depth"], item["first"], item["tokens"]) for one, _ in taken for item in one}
+    groups = [-(-tiles // GROUP_TILES) for tiles in segment_tiles]
+    assert got == tiles_of(runs, min(range(MOST_UNITS, LEAST_UNITS - 1, -1), key=partial(cost, runs, groups, clusters)))
+
+
+def tiles_of(runs, most):
+    """Segment, depth, first token and tokens of each tile, where tiles have up to so many units."""
+    tiles = set()
+    for segment, lengths in enumerate(runs):
+        first = 0
+        for depth, length in enumerate(lengths, 1):
+            count = -(-length // (most * UNIT))
+            even = -(-length // (count * UNIT)) * UNIT if count else 1
+            tiles |= {(segment, depth, first + done, min(even, length - done)) for done in range(0, length, even)}
+            first += length
+    return tiles
+
+
+def cost(runs, groups, clusters, most):
+    """How long all turns take, each as long as its widest tile."""
+    widths = [-(-tokens // UNIT) for segment, *_, tokens in tiles_of(runs, most) for _ in range(groups[segment])]
+    return sum(width + FIXED for width in sorted(widths, reverse=True)[::clusters])

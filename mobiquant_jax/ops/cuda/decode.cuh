@@ -25,7 +25,8 @@ struct DecodeArgs {
   float* out;               // [splits, tokens, 16 * tiles]
   int tokens, inputs;
   int split_blocks;   // blocks of a split: blockIdx.y
-  int prefetch;       // bytes of slices a thread block fetches before x and the depths are there: see route.cuh
+  int prefetch;       // bytes of slices a thread block fetches before x and the depths are there, see route.cuh; half as
+                      // many more where three slices or four are expected
   int reduced_tiles;  // tiles added up at once: see `reduced_tiles`
 };
 
@@ -158,16 +159,16 @@ __global__ void __launch_bounds__(DecodeShape<GB, WARPS, SLOTS>::kThreads, 1)
       int left = blocks > 0 ? args.prefetch : 0, slice = 0;
       bool more = true;
       do {
-        for (int tile = first_tile; tile < tiles && left >= kPieceBytes; tile += stride) {
+        for (int tile = first_tile; tile < tiles; tile += stride) {
+          if (more && left < blocks * kPieceBytes && expected > 2) left += args.prefetch / 2, more = false;
+          if (left < kPieceBytes) break;
           const size_t piece = (layer * tiles + tile) * args.weights.blocks + first_block;
           const int count = min(blocks, left / kPieceBytes);
           prefetch_bulk(args.weights.planes[slice] + piece * kPieceBytes, count * kPieceBytes);
           if (slice == 0) prefetch_bulk(args.weights.affine + piece * GB * 8, count * GB * 64);
           left -= count * kPieceBytes;
-          // Half as much again of many slices: that takes no longer than their product.
-          if (more && left < blocks * kPieceBytes && expected > 2) left += args.prefetch / 2, more = false;
         }
-      } while (++slice < min(expected, kMaxSlices) && left >= kPieceBytes);
+      } while (++slice < min(expected, kMaxSlices));
     }
     wait_for_previous();
     int of_lane[kMaxSegments];  // all loads before the first use

@@ -7,7 +7,8 @@ namespace mobiquant {
 
 constexpr int kTileTokens = 256;  // at most
 constexpr int kUnit = 16;         // of a tile's width
-constexpr int kWidths = kTileTokens / kUnit, kLeastUnits = 4;  // where a run is cut, tiles are as wide at least
+constexpr int kWidths = kTileTokens / kUnit;
+constexpr int kLeastUnits = 4;  // narrower tiles are not tried, which bounds their number
 constexpr int kItemTiles = 8;  // of 16 outputs: two warpgroups of four warps
 constexpr int kStageInputs = 64;
 constexpr int kCluster = 2;  // thread blocks that share a token tile
@@ -29,25 +30,25 @@ struct PrefillArgs {
   __nv_bfloat16* packed;   // [segments, packed_rows(tokens), 128 * blocks]: see `pack_kernel`
   void* out;               // [tokens, 16 * tiles]
   int tokens, inputs;
-  int clusters;  // that take turns
+  int clusters;  // of the prefill kernel's grid
 };
 
 // What `plan_kernel` writes: token tiles of each segment, the wide ones first, and each segment's tokens by depth.
 struct Plan {
   int4* tile;  // [segments, most]: depth, first, tokens, first packed row
-  int* wider;  // [segments, widths + 1]: tiles of so many units at least, from 1 on
+  int* tiles_from;  // [segments, widths + 1]: how many are 1 unit wide or more, 2 or more, ...
   int* token;  // [segments, tokens]
   int most;
   __host__ __device__ Plan(int32_t* base, int tokens) : most(most_tiles(tokens)) {
     tile = reinterpret_cast<int4*>(base);
-    wider = base + kMaxSegments * most * 4;
-    token = wider + kMaxSegments * (kWidths + 1);
+    tiles_from = base + kMaxSegments * most * 4;
+    token = tiles_from + kMaxSegments * (kWidths + 1);
   }
   __host__ __device__ static int most_tiles(int tokens) { return tokens / (kLeastUnits * kUnit) + kMaxSlices; }
   __host__ __device__ static int ints(int tokens) {
     return kMaxSegments * (most_tiles(tokens) * 4 + kWidths + 1 + tokens);
   }
-  __device__ int at_least(int segment, int width) const { return wider[segment * (kWidths + 1) + width - 1]; }
+  __device__ int at_least(int segment, int width) const { return tiles_from[segment * (kWidths + 1) + width - 1]; }
 };
 
 // Groups of outputs that the items of a segment take, a cluster each.
@@ -177,7 +178,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constan
     int tiles = 0;
 #pragma unroll
     for (int set = 0; set < 2 * kMaxSlices; ++set) tiles += width[set] > threadIdx.x ? count[set] : 0;
-    plan.wider[own * (kWidths + 1) + threadIdx.x] = tiles;
+    plan.tiles_from[own * (kWidths + 1) + threadIdx.x] = tiles;
   }
   for (int i = begin; i < end; ++i) {
     int position = 0;
@@ -224,7 +225,7 @@ struct PrefillItems {
   const Plan& plan;
   const int rank;
   uint32_t widths = 0;         // that tiles still to come have: a bit each
-  int segment = 0, start = 0;  // items before those of this segment and the widest of these
+  int segment = 0, start = 0;  // start: items before those of this segment and of the widest of these
 
   __device__ PrefillItems(const PrefillArgs& args, const Plan& plan, int rank) : args(args), plan(plan), rank(rank) {
     const int width = threadIdx.x % 32 + 1;

@@ -24,8 +24,9 @@ ffi::Error decode(cudaStream_t stream, Halves x, Integers depth, Integers layer,
 template <typename Out>
 ffi::Error launch_prefill(cudaStream_t stream, PrefillArgs args) {
   args.clusters = processors() / kCluster;
-  plan_kernel<<<args.segments.count, kPlanThreads, sizeof(PlanShared), stream>>>(args);
-  if (cudaError_t error = cudaGetLastError()) return check(error, "sliced_matmul");
+  const dim3 segments(args.segments.count);
+  if (cudaError_t error = launch(plan_kernel, segments, kPlanThreads, sizeof(PlanShared), stream, 1, false, args))
+    return check(error, "sliced_matmul");
   const int stages = args.weights.blocks * kBlockInputs / kStageInputs;
   const dim3 grid(Plan::most_tiles(args.tokens), args.segments.count, (stages + kPackStages - 1) / kPackStages);
   if (cudaError_t error = launch(pack_kernel, grid, kPackThreads, 0, stream, 1, true, args))

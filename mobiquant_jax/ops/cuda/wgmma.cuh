@@ -23,8 +23,8 @@ __device__ inline uint64_t wgmma_descriptor(uint32_t address) {
   return kLayout | ((address & 0x3ffff) >> 4);
 }
 
-// The instruction's text names every accumulator and so is written for each n, a multiple of 8: n / 2 of them, then A's
-// four registers and B's descriptor. Dm and Rm are the first 4 m accumulators, named and bound.
+// The instruction's text names every accumulator and so is written for each n that a tile is computed with: n / 2 of
+// them, then A's four registers and B's descriptor. Dm and Rm are the first 4 m accumulators, named and bound.
 #define MOBIQUANT_D1 "%0, %1, %2, %3"
 #define MOBIQUANT_D2 MOBIQUANT_D1 ", %4, %5, %6, %7"
 #define MOBIQUANT_D3 MOBIQUANT_D2 ", %8, %9, %10, %11"
@@ -66,13 +66,9 @@ __device__ inline uint64_t wgmma_descriptor(uint32_t address) {
                  : MOBIQUANT_R##m                                                                              \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                        \
   }
-MOBIQUANT_WGMMA(1, 8, 4, 5, 6, 7, 8)
 MOBIQUANT_WGMMA(2, 16, 8, 9, 10, 11, 12)
-MOBIQUANT_WGMMA(3, 24, 12, 13, 14, 15, 16)
 MOBIQUANT_WGMMA(4, 32, 16, 17, 18, 19, 20)
-MOBIQUANT_WGMMA(5, 40, 20, 21, 22, 23, 24)
 MOBIQUANT_WGMMA(6, 48, 24, 25, 26, 27, 28)
-MOBIQUANT_WGMMA(7, 56, 28, 29, 30, 31, 32)
 MOBIQUANT_WGMMA(8, 64, 32, 33, 34, 35, 36)
 MOBIQUANT_WGMMA(9, 72, 36, 37, 38, 39, 40)
 MOBIQUANT_WGMMA(10, 80, 40, 41, 42, 43, 44)

@@ -59,7 +59,7 @@ def sliced_matmul(
         y = jax.ffi.ffi_call(targets["decode"], out)(*operands, **attributes)
         y = jnp.sum(y, axis=0).astype(dtype)
     else:
-        exact = dtype if dtype == jnp.bfloat16 else jnp.float32
+        exact = jnp.bfloat16 if jnp.dtype(dtype) == jnp.bfloat16 else jnp.float32
         out = jax.ShapeDtypeStruct((tokens, outputs), exact)
         plan = jax.ShapeDtypeStruct((plan_integers(tokens),), jnp.int32)
         padded = weight.planes[0].shape[2] * BLOCK_INPUTS

@@ -21,6 +21,7 @@ __global__ void walk_kernel(const Walk walk) {
   for (int index = blockIdx.x / kCluster;; index += walk.clusters, to += kFields) {
     const PrefillItem item = items.at(index);
     if (item.tokens == 0) break;
+    if (index / walk.clusters >= walk.most && !fail("more items of a cluster", index)) return;
     std::memcpy(to, &item, sizeof item);
   }
 }
@@ -43,7 +44,7 @@ extern "C" bool prefill_plan(const void* x, const int32_t* depth, const int32_t*
   if (Plan::ints(args.tokens) > sizes[5]) return fail("a plan of more integers", Plan::ints(args.tokens));
   const long elements = static_cast<long>(segments) * packed_rows(args.tokens) * args.weights.blocks * kBlockInputs;
   if (elements > sizes[6]) return fail("more packed elements", elements);
-  const dim3 copies{static_cast<unsigned>(Plan::most_tiles(args.tokens)), segments, (stages + 3) / kPackStages};
+  const dim3 copies{static_cast<unsigned>(Plan::most_tiles(args.tokens)), segments, (stages + kPackStages - 1) / kPackStages};
   const Walk walk{args, args.clusters, sizes[4], items};
   return launch(plan_kernel, dim3{segments}, kPlanThreads, sizeof(PlanShared), args) &&
          launch(pack_kernel, copies, kPackThreads, 0, args) &&

@@ -1,5 +1,6 @@
-// CUDA for the host compiler, as far as the kernels that the tests run go: a thread for each lane, in place of the real ptx.cuh.
-// Slow, and stricter than a GPU: every access to shared memory is checked against what the launch asked for.
+// CUDA for the host compiler, as far as the kernels that the tests run go: a thread for each lane, in place of the real
+// ptx.cuh. Slow, and stricter than a GPU: every access to shared memory by these functions is checked against what the
+// launch asked for.
 #pragma once
 
 #include <algorithm>

@@ -10,10 +10,10 @@
 // The items take turns on the processors, those of wide tiles first; `plan_kernel` cuts the runs into tiles so that the
 // turns, each as long as its widest tile, are over soonest.
 //
-// The second-level cache bounds the kernel more than the issue slots do, so two thread blocks of a cluster, of neighbouring
-// outputs, share a token tile: each fetches half of every stage for both. `pack_kernel` has gathered the tokens by then,
-// each stage of a tile as the bytes that it is in shared memory, swizzled, so that one bulk copy brings half a stage. One
-// thread issues the copies; two warpgroups of consumers take 64 outputs each.
+// To spare the second-level cache, two thread blocks of a cluster, of neighbouring outputs, share a token tile: each
+// fetches half of every stage for both. `pack_kernel` has gathered the tokens by then, each stage of a tile as the bytes
+// that it is in shared memory, swizzled, so that one bulk copy brings half a stage. One thread issues the copies; two
+// warpgroups of consumers take 64 outputs each.
 #pragma once
 
 #include <type_traits>
@@ -147,7 +147,8 @@ __device__ __forceinline__ void consume(const PrefillArgs& args, const Plan& pla
   wgmma_wait<0>();
 #pragma unroll
   for (int i = 0; i < kInstructions; ++i) wgmma_keep(acc[i]);
-  const auto sum = [&acc](int n, int c) { return acc[n / (kEach / 8)][n % (kEach / 8) * 4 + c]; };  // number c that a lane holds of 8 tokens
+  // Number c that a lane holds of the n-th eight tokens.
+  const auto sum = [&acc](int n, int c) { return acc[n / (kEach / 8)][n % (kEach / 8) * 4 + c]; };
   if (lane < kCluster) barrier_arrive_at(empty + previous * 8, lane);
 
   const int outputs = args.weights.tiles * kTileOutputs;

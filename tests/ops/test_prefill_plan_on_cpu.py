@@ -111,7 +111,7 @@ def assert_packed(packed, item, x):
     [
         ([[128, 128, 128, 128]], (32,), 9),  # four tiles fill eight of nine clusters, eight would take two turns
         ([[0, 0, 256, 0]], (48,), 6),  # one tile leaves half of the clusters idle, two of half its width do not
-        ([[0, 512, 0, 0]], (112,), 5),  # wide tiles: an item takes a while whatever its width
+        ([[0, 512, 0, 0]], (112,), 5),  # seven items a tile on five clusters: wide tiles
         ([[2, 262, 53, 7]], (48,), 7),  # of equal ones the widest
         ([[0, 256, 0, 0], [0, 0, 0, 256]], (16, 80), 12),  # the second linear decides
         ([[500, 17, 300, 1], [1, 2, 3, 812]], (40, 16), 7),

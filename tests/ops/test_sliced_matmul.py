@@ -1,5 +1,7 @@
 """Every backend of the elastic matmul against float64 numpy on random depths and shapes."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 
 from mobiquant_jax import quant
 from mobiquant_jax.ops import sliced_matmul
-from mobiquant_jax.ops.sliced_matmul import api
+from mobiquant_jax.ops.sliced_matmul import api, grouped
 
 
 def case(seed, tokens, in_features=192, out_features=40, slice_bits=(2, 2, 2, 2)):
@@ -38,6 +40,11 @@ def test_uneven_runs(depths):
     x, weight, _ = case(1, len(depths))
     got = sliced_matmul(x, weight, jnp.array(depths), implementation="grouped")
     np.testing.assert_allclose(got, dense(x, weight, depths), rtol=1e-4, atol=1e-4)
+
+
+def test_tiles_find_their_depth_without_a_loop():
+    slots = str(jax.make_jaxpr(partial(grouped._tile_slots, slices=4, tiles=6))(jnp.zeros(300, jnp.int32)))
+    assert "while" not in slots and "scan" not in slots
 
 
 @pytest.mark.parametrize(("platform", "chosen"), [("cpu", "grouped"), ("gpu", "reference")])

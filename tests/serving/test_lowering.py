@@ -4,14 +4,16 @@ A slice of a stack would be copied before every kernel, which costs more than th
 """
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from mobiquant_jax import quant
 from mobiquant_jax.models.elastic import ElasticConfig
 from mobiquant_jax.models.kv_cache import KVCache
-from mobiquant_jax.ops import decode_layers
+from mobiquant_jax.ops import decode_layers, sliced_matmul, tile_weight
 from mobiquant_jax.ops.sliced_matmul import gpu
 from mobiquant_jax.serving import one_call, prepare
 
@@ -53,6 +55,19 @@ def test_cuda_kernels_take_whole_stacks(random_elastic, monkeypatch):
     weights = [site.weight for site in packed.variables.sites.values()]
     arrays = [array for weight in weights for array in (*weight.planes, weight.affine)]
     check_no_copies(text, calls(text, "our_decode"), arrays, kernels=4)
+
+
+@pytest.mark.parametrize(("dtype", "made"), [("bfloat16", "bf16"), (jnp.bfloat16, "bf16"), ("float16", "f32")])
+def test_a_cuda_prefill_makes_the_type_asked_for_and_has_room_for_its_plan(dtype, made, monkeypatch):
+    monkeypatch.setattr(gpu, "check_supported", lambda *_: None)
+    monkeypatch.setattr(gpu, "ffi_targets", lambda _: {"decode": "our_decode", "prefill": "our_prefill"})
+    weights = [jax.vmap(lambda kernel: quant.round_to_nearest(kernel, 64))(jnp.ones((1, 192, n))) for n in (48, 16)]
+    matmul = partial(sliced_matmul, implementation="gpu", dtype=dtype)
+    arguments = jnp.ones((100, 192), jnp.bfloat16), tile_weight(weights), jnp.ones((2, 100), jnp.int32)
+    text = jax.jit(matmul).trace(*arguments, layer=jnp.int32(0)).lower(lowering_platforms=("cuda",)).as_text()
+    (call,) = [line for line in text.splitlines() if "our_prefill" in line]
+    results = re.findall(r"tensor<([^>]*)>", call.rpartition(") -> ")[2])
+    assert results == [f"100x64x{made}", f"{gpu.plan_integers(100)}xi32", f"2x{gpu.packed_rows(100)}x256xbf16"]
 
 
 def test_a_cuda_step_in_one_call_takes_whole_stacks(random_elastic, monkeypatch):

@@ -96,44 +96,51 @@ __global__ void __launch_bounds__(kAttentionThreads, G > 4 ? 1 : 2) attention_ke
   const int begin = min(rank * share, held), end = min(begin + share, held);
 
   uint4 keys[kAhead], values[kAhead];
-  const auto load = [&](int slot) {
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) {
-      const size_t from = first + max(min(slot + k * kReaders + reader, end - 1), 0) * stride + lane * 8;
-      keys[k] = *reinterpret_cast<const uint4*>(args.key + from);
-      values[k] = *reinterpret_cast<const uint4*>(args.value + from);
-    }
+  const auto load = [&](int k, int slot) {
+    const size_t from = first + min(slot + reader, end - 1) * stride + lane * 8;
+    keys[k] = *reinterpret_cast<const uint4*>(args.key + from);
+    values[k] = *reinterpret_cast<const uint4*>(args.value + from);
   };
-  if (begin < end) load(begin);  // earlier steps are over: a step's first kernel is not launched early
-  wait_for_previous();
+  const auto load_all = [&](int slot) {
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) load(k, slot + k * kReaders);
+  };
+  // Earlier steps are over: a step's first kernel is not launched early.
+  if (begin < end) load_all(begin);
+  for (int slot = begin + kAhead * kReaders + reader; slot < min(end, begin + 2 * kAhead * kReaders); slot += kReaders) {
+    prefetch(args.key + first + slot * stride + lane * 8);
+    prefetch(args.value + first + slot * stride + lane * 8);
+  }
 
   // The new token's query heads, key and value; the first block also keeps the latter two.
   const int width = args.kv_heads * (G + 2) * SIZE, half = SIZE / 2;
-  const float* const mine = args.qkv + static_cast<size_t>(row) * width;
-  const auto read = [&](int from) {
-    float value = 0.0f;
-#pragma unroll 1
-    for (int p = 0; p < args.parts; ++p) value += mine[static_cast<size_t>(p) * args.batch * width + from];
-    return round_bf16(value);
-  };
   constexpr int kItems = (G + 2) * SIZE / 2, kRounds = (kItems + kAttentionThreads - 1) / kAttentionThreads;
-  float low[kRounds], high[kRounds], cosine[kRounds], sine[kRounds];  // all loads before the first store
+  int from[kRounds];
+  float low[kRounds]{}, high[kRounds]{}, cosine[kRounds], sine[kRounds];
 #pragma unroll
   for (int round = 0; round < kRounds; ++round) {
     const int item = min(static_cast<int>(threadIdx.x) + round * kAttentionThreads, kItems - 1);
     const int of = item / half, i = item % half;  // a query head, the key or the value
-    const int from = (of < G ? head * G + of : args.kv_heads * of + head) * SIZE + i;
-    low[round] = read(from), high[round] = read(from + half);
+    from[round] = (row * args.kv_heads * (G + 2) + (of < G ? head * G + of : args.kv_heads * of + head)) * SIZE + i;
     cosine[round] = of <= G ? args.cosine[row * half + i] : 1.0f;
     sine[round] = of <= G ? args.sine[row * half + i] : 0.0f;
+  }
+  wait_for_previous();
+#pragma unroll 1
+  for (int p = 0; p < args.parts; ++p) {  // the parts' loop outside, so that all loads of one are on their way at once
+    const float* const part = args.qkv + static_cast<size_t>(p) * args.batch * width;
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round)
+      low[round] += part[from[round]], high[round] += part[from[round] + half];
   }
 #pragma unroll
   for (int round = 0; round < kRounds; ++round) {
     const int item = threadIdx.x + round * kAttentionThreads, of = item / half, i = item % half;
     if (item >= kItems) break;
     float* const to = of < G ? shared.query[of] : of == G ? shared.key : shared.value;
-    to[i] = round_bf16(low[round] * cosine[round] - high[round] * sine[round]);
-    to[i + half] = round_bf16(high[round] * cosine[round] + low[round] * sine[round]);
+    const float low_half = round_bf16(low[round]), high_half = round_bf16(high[round]);
+    to[i] = round_bf16(low_half * cosine[round] - high_half * sine[round]);
+    to[i + half] = round_bf16(high_half * cosine[round] + low_half * sine[round]);
   }
   __syncthreads();
   const bool keeps = rank == 0 && position < args.slots;
@@ -171,17 +178,15 @@ __global__ void __launch_bounds__(kAttentionThreads, G > 4 ? 1 : 2) attention_ke
     }
     if (visible) softmax.add(score, value);
   };
-  for (int slot = begin; slot < end; slot += kReaders * kAhead) {
-    if (slot > begin) load(slot);
 #pragma unroll 1
-    for (int k = 0; k < kAhead; ++k) {
-      float key[8], value[8];
-      unpack8(key, keys[0]);
-      unpack8(value, values[0]);
-      attend(key, value, slot + k * kReaders + reader < end);
+  for (int slot = begin; slot < end; slot += kReaders) {
+    float key[8], value[8];
+    unpack8(key, keys[0]);
+    unpack8(value, values[0]);
 #pragma unroll
-      for (int next = 1; next < kAhead; ++next) keys[next - 1] = keys[next], values[next - 1] = values[next];
-    }
+    for (int next = 1; next < kAhead; ++next) keys[next - 1] = keys[next], values[next - 1] = values[next];
+    attend(key, value, slot + reader < end);
+    if (slot + kAhead * kReaders < end) load(kAhead - 1, slot + kAhead * kReaders);
   }
   if (keeps) {
     float key[8], value[8];

@@ -15,6 +15,7 @@ constexpr int kCluster = 2;  // thread blocks that share a token tile
 constexpr int kPlanThreads = 1024;
 constexpr int kPackThreads = 256;
 constexpr int kPackStages = 4;  // a warp copies 512 bytes of a token at a time
+constexpr int kPackRows = 8;    // that a warp has on their way
 
 // The width of a tile of so many tokens, in units.
 __host__ __device__ inline int width_of(int tokens) { return (tokens + kUnit - 1) / kUnit; }
@@ -122,14 +123,21 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constan
     }
     return counts;
   };
-  uint64_t before = 0;  // tokens of each depth before this thread's: four counts of 16 bits
+  uint64_t mine[kMaxSegments]{};  // this thread's tokens of each depth: four counts of 16 bits
+#pragma unroll 2
+  for (int i = begin; i < end; ++i) {  // the segments' loop inside, so that their loads are on their way at once
+#pragma unroll
+    for (int segment = 0; segment < kMaxSegments; ++segment) {
+      const int from = min(segment, args.segments.count - 1);
+      mine[segment] += 1ull << (16 * (args.depth[from * args.tokens + i] - 1));
+    }
+  }
+  uint64_t before = 0;  // tokens of each depth before this thread's
 #pragma unroll
   for (int segment = 0; segment < kMaxSegments; ++segment) {
     if (segment >= args.segments.count) break;
-    uint64_t mine = 0;
-    for (int i = begin; i < end; ++i) mine += 1ull << (16 * (args.depth[segment * args.tokens + i] - 1));
-    const uint64_t counts = up_to_lane(mine);
-    if (segment == own) before = counts - mine;
+    const uint64_t counts = up_to_lane(mine[segment]);
+    if (segment == own) before = counts - mine[segment];
     if (lane == 31) warp_counts[segment][warp] = counts;
   }
   __syncthreads();
@@ -204,12 +212,24 @@ __global__ void __launch_bounds__(kPackThreads) pack_kernel(const __grid_constan
   __nv_bfloat16* to = args.packed + static_cast<size_t>(segment * packed_rows(args.tokens) + tile.w) * padded +
                       static_cast<size_t>(stage) * rows * kStageInputs;
   const int* token = plan.token + segment * args.tokens + tile.y;
-#pragma unroll 4
-  for (int row = threadIdx.x / 32; row < rows; row += kPackThreads / 32) {
-    uint4 value = make_uint4(0, 0, 0, 0);
-    if (row < tile.z && input < args.inputs)
-      value = __ldg(reinterpret_cast<const uint4*>(args.x + static_cast<size_t>(token[row]) * args.inputs + input));
-    *reinterpret_cast<uint4*>(to + row * kStageInputs + (chunk ^ (row & 7)) * 8) = value;
+  constexpr int kWarps = kPackThreads / 32;
+  for (int first = threadIdx.x / 32; first < rows; first += kWarps * kPackRows) {
+    int source[kPackRows];
+    uint4 values[kPackRows];  // all loads before the first store
+#pragma unroll
+    for (int k = 0; k < kPackRows; ++k) source[k] = token[min(first + k * kWarps, tile.z - 1)];
+#pragma unroll
+    for (int k = 0; k < kPackRows; ++k) {
+      values[k] = make_uint4(0, 0, 0, 0);
+      if (first + k * kWarps < tile.z && input < args.inputs)
+        values[k] = __ldg(reinterpret_cast<const uint4*>(args.x + static_cast<size_t>(source[k]) * args.inputs + input));
+    }
+#pragma unroll
+    for (int k = 0; k < kPackRows; ++k) {
+      const int row = first + k * kWarps;
+      if (row >= rows) break;
+      __stcg(reinterpret_cast<uint4*>(to + row * kStageInputs + (chunk ^ (row & 7)) * 8), values[k]);
+    }
   }
 }
 

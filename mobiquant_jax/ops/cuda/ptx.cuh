@@ -81,7 +81,6 @@ __device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
       "r"(parity)
       : "memory");
 }
-
 // A hint for data that is read once.
 __device__ inline uint64_t evict_first() {
   uint64_t policy;
@@ -105,7 +104,8 @@ __device__ inline void copy_bulk_multicast(uint32_t to, const void* from, int by
       : "memory");
 }
 
-// Fetches into the second-level cache.
+// Fetch into the second-level cache.
+__device__ inline void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 __device__ inline void prefetch_bulk(const void* from, int bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }

@@ -69,41 +69,54 @@ struct RouteShape {
   }
 };
 
-// Eight neighbouring numbers of a sum of parts, rounded as the product's result would be.
-__device__ __forceinline__ void sum_parts8(float (&values)[8], const float* from, int parts, size_t stride) {
+// Eight neighbouring numbers of a sum of parts, at each of COUNT places, rounded as the product's result would be.
+template <int COUNT>
+__device__ __forceinline__ void sum_parts8(float (&values)[COUNT][8], const float* from, int apart, int parts,
+                                           size_t stride) {
 #pragma unroll
-  for (int k = 0; k < 8; ++k) values[k] = 0.0f;
+  for (int c = 0; c < COUNT; ++c)
+#pragma unroll
+    for (int k = 0; k < 8; ++k) values[c][k] = 0.0f;
 #pragma unroll 1
   for (int p = 0; p < parts; ++p) {
-    const float4 low = reinterpret_cast<const float4*>(from + p * stride)[0];
-    const float4 high = reinterpret_cast<const float4*>(from + p * stride)[1];
-    const float part[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+    float4 part[COUNT][2];  // all loads before the first use
 #pragma unroll
-    for (int k = 0; k < 8; ++k) values[k] += part[k];
+    for (int i = 0; i < 2 * COUNT; ++i)
+      part[i / 2][i % 2] = reinterpret_cast<const float4*>(from + p * stride + i / 2 * apart)[i % 2];
+#pragma unroll
+    for (int c = 0; c < COUNT; ++c) {
+      const float4 &low = part[c][0], &high = part[c][1];
+      const float more[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+      for (int k = 0; k < 8; ++k) values[c][k] += more[k];
+    }
   }
 #pragma unroll
-  for (int k = 0; k < 8; ++k) values[k] = round_bf16(values[k]);
+  for (int c = 0; c < COUNT; ++c)
+#pragma unroll
+    for (int k = 0; k < 8; ++k) values[c][k] = round_bf16(values[c][k]);
 }
 
 // Eight inputs of a token before any norm.
 __device__ __forceinline__ void read_source8(float (&values)[8], const RouteArgs& args, int token, int input) {
-  const size_t place = static_cast<size_t>(token) * args.inputs + input;
   if (args.source == kGated) {
     const float* from = args.update + static_cast<size_t>(token) * 2 * args.inputs + input;
-    const size_t stride = static_cast<size_t>(args.tokens) * 2 * args.inputs;
-    float up[8];
-    sum_parts8(values, from, args.parts, stride);
-    sum_parts8(up, from + args.inputs, args.parts, stride);
+    float both[2][8];  // gate and up
+    sum_parts8(both, from, args.inputs, args.parts, static_cast<size_t>(args.tokens) * 2 * args.inputs);
 #pragma unroll
-    for (int k = 0; k < 8; ++k) values[k] = round_bf16(__fdividef(values[k], 1.0f + __expf(-values[k])) * up[k]);
+    for (int k = 0; k < 8; ++k)
+      values[k] = round_bf16(__fdividef(both[0][k], 1.0f + __expf(-both[0][k])) * both[1][k]);
     return;
   }
-  unpack8(values, *reinterpret_cast<const uint4*>(args.x + place));
+  const size_t place = static_cast<size_t>(token) * args.inputs + input;
+  const uint4 packed = *reinterpret_cast<const uint4*>(args.x + place);  // on its way with the update
+  float update[1][8] = {};
+  if (args.source == kNormed)
+    sum_parts8(update, args.update + place, 0, args.parts, static_cast<size_t>(args.tokens) * args.inputs);
+  unpack8(values, packed);
   if (args.source == kNormed) {
-    float update[8];
-    sum_parts8(update, args.update + place, args.parts, static_cast<size_t>(args.tokens) * args.inputs);
 #pragma unroll
-    for (int k = 0; k < 8; ++k) values[k] = round_bf16(values[k] + update[k]);
+    for (int k = 0; k < 8; ++k) values[k] = round_bf16(values[k] + update[0][k]);
   }
 }
 
@@ -152,6 +165,9 @@ __global__ void __launch_bounds__(kRouteThreads, 3) route_kernel(const __grid_co
                                              : make_uint4(0, 0, 0, 0);
   };
   load_weights(first_row);
+#pragma unroll 1
+  for (int row = first_row + kRouteRows * row_step; row < count; row += row_step)
+    prefetch(hidden + static_cast<size_t>(row) * columns);
 #pragma unroll 1
   for (int i = threadIdx.x; i < count; i += kRouteThreads) gain[i] = args.source == kNormed ? args.gain[begin + i] : 1.0f;
   if (rank == 0) {
@@ -283,8 +299,8 @@ __global__ void __launch_bounds__(kRouteThreads, 3) route_kernel(const __grid_co
         float values[8];
 #pragma unroll
         for (int k = 0; k < 8; ++k) values[k] = x[token * shape.share + i + k] * norm;
-        *reinterpret_cast<uint4*>(args.input + static_cast<size_t>(first_token + token) * inputs + begin + i) =
-            pack8(values);
+        __stcg(reinterpret_cast<uint4*>(args.input + static_cast<size_t>(first_token + token) * inputs + begin + i),
+               pack8(values));
       }
     }
   }

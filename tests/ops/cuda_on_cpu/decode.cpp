@@ -32,10 +32,10 @@ extern "C" bool decode(const unsigned char* const* planes, const void* affine, c
   args.out = out;
   args.expected = expected;
   const size_t pieces = static_cast<size_t>(sizes[6]) * args.weights.tiles * args.weights.blocks;
-  fetchable.clear();
+  readable.clear();
   for (const unsigned char* plane : args.weights.planes)
-    fetchable.emplace_back(reinterpret_cast<const char*>(plane), pieces * kPieceBytes);
-  fetchable.emplace_back(static_cast<const char*>(affine), pieces * MOBIQUANT_GROUPS * 64);
+    readable.emplace_back(reinterpret_cast<const char*>(plane), pieces * kPieceBytes);
+  readable.emplace_back(static_cast<const char*>(affine), pieces * MOBIQUANT_GROUPS * 64);
   fetched = 0;
   const auto runs = args.tokens <= 4 ? run<1> : args.tokens <= 8 ? run<2> : run<4>;
   const bool right = runs(args, sizes[4], sizes[5]);

@@ -65,6 +65,10 @@ template <typename T>
 T __ldg(const T* from) {
   return *from;
 }
+template <typename T>
+void __stcg(T* to, T value) {
+  *to = value;
+}
 inline float __fdividef(float a, float b) { return std::fabs(b) > 0x1p126f ? 0.0f : a / b; }
 inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
   const uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;
@@ -236,22 +240,25 @@ inline void barrier_wait(uint32_t address, uint32_t parity) {
   barrier.changed.wait(lock, [&] { return (barrier.phase & 1) != parity; });
 }
 inline uint64_t evict_first() { return 0; }
-inline std::vector<std::pair<const char*, size_t>> fetchable;  // arrays that may be fetched ahead
-inline std::atomic<size_t> fetched = 0;                        // bytes
-inline void prefetch_bulk(const void* from, int bytes) {
+inline std::vector<std::pair<const char*, size_t>> readable;  // arrays that may be read or fetched ahead
+inline std::atomic<size_t> fetched = 0;                       // bytes
+inline bool check_bulk(const void* from, int bytes) {
   const char* const start = static_cast<const char*>(from);
-  if (reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16) fail("misaligned prefetch", bytes);
-  const bool inside = std::any_of(fetchable.begin(), fetchable.end(), [&](const auto& array) {
+  if (reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16) return fail("misaligned bulk read", bytes);
+  const bool inside = std::any_of(readable.begin(), readable.end(), [&](const auto& array) {
     return start >= array.first && start + bytes <= array.first + array.second;
   });
-  if (bytes <= 0 || !inside) fail("prefetch of nothing or beyond an array", bytes);
+  return (bytes > 0 && inside) || fail("bulk read of nothing or beyond an array", bytes);
+}
+inline void prefetch_bulk(const void* from, int bytes) {
+  check_bulk(from, bytes);
   fetched += bytes;
 }
 inline void wait_for_previous() {}
 inline void launch_dependents() {}
 inline void copy_bulk(uint32_t to, const void* from, int bytes, uint32_t address, uint64_t) {
-  if (to % 16 || reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16) fail("misaligned bulk copy", bytes);
-  if (check_shared(to + bytes - 16, 16)) std::memcpy(shared + to, from, bytes);
+  if (check_bulk(from, bytes) && check_shared(to, 16) && check_shared(to + bytes - 16, 16))
+    std::memcpy(shared + to, from, bytes);
   auto& barrier = phase_barrier(address);
   std::lock_guard lock(barrier.mutex);
   barrier.bytes -= bytes;

@@ -13,7 +13,7 @@ from mobiquant_jax.benchmark.table import Row
 from mobiquant_jax.benchmark.timing import busy_seconds, call_seconds, looped
 from mobiquant_jax.ops import sliced_matmul
 from mobiquant_jax.serving import PackedModel
-from mobiquant_jax.serving.packed import SITES
+from mobiquant_jax.serving.site import SITES
 
 ALL = "+".join(SITES)
 

@@ -18,7 +18,7 @@ def describe_weights(model: PackedModel) -> dict[str, float]:
         "all_GB": device_bytes(model.variables) / 1e9,
         "linears_GB": packed / 1e9,
         "bits_per_weight": 8 * packed / (layers * sum(rows * columns for rows, columns in shapes)),
-        "routers_GB": sum(device_bytes(site.router) for site in sites) / 1e9,
+        "routers_GB": device_bytes(([site.router for site in sites], model.variables.thresholds)) / 1e9,
         "plane_MB": sum(site.weight.planes[0].nbytes for site in sites) / layers / 1e6,
     }
 
@@ -59,7 +59,7 @@ def _around(model: PackedModel, cache: KVCache) -> int:
     """Of all layers, what is no kernel."""
     arrays = model.variables
     routers = [getattr(site, "router", None) for site in arrays.sites.values()]
-    return device_bytes((arrays.attention_norm, arrays.mlp_norm, routers, cache.k, cache.v))
+    return device_bytes((arrays.attention_norm, arrays.mlp_norm, routers, arrays.thresholds, cache.k, cache.v))
 
 
 def _kernels(site: Any, bits: float) -> float:

@@ -30,10 +30,7 @@ class FixedDepth:
 
     linears: int = dataclasses.field(metadata={"static": True})
 
-    def thresholds_at(self, bits: Any) -> None:
-        """None. See `FusedRouter`."""
-
-    def depths(self, x: Any, thresholds: None, layer: Any) -> Any:
+    def depths(self, x: Any, thresholds: Any, layer: Any) -> Any:
         """See `FusedRouter`."""
         return jnp.ones((self.linears, *x.shape[:2]), jnp.int32)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from mobiquant_jax.benchmark.table import Row
 from mobiquant_jax.models import LlamaConfig
-from mobiquant_jax.serving.packed import SITES
+from mobiquant_jax.serving.site import SITES
 
 _COPIES = 6  # of the weights, so that they do not stay in the cache
 _REPLAYS = 12

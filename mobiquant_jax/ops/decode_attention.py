@@ -20,8 +20,7 @@ _GROUPS, _HEAD_SIZES = (1, 2, 3, 4, 8), (64, 128)
 
 def decode_attention(
     qkv: Float[Array, "P B qkv"],
-    cosine: Float[Array, "B half"],
-    sine: Float[Array, "B half"],
+    rotation: Float[Array, "2 B half"],
     positions: Int[Array, " B"],
     layer: Int[Array, ""],
     key: Float[Array, "L B S Hkv hd"],
@@ -32,8 +31,7 @@ def decode_attention(
     Args:
         qkv: queries, keys and values of all heads side by side, float32, to be summed over the first axis; the sum is
             rounded to bfloat16, as are the rotated queries and keys.
-        cosine: of the angles at the tokens' positions.
-        sine: likewise.
+        rotation: cosine and sine of the angles at the tokens' positions.
         positions: absolute position of each token; one outside the cache is not kept and not seen.
         layer: which layer of the cache.
         key: the cache's rotated keys, bfloat16; slot s holds the token at position s.
@@ -52,11 +50,9 @@ def decode_attention(
     heads = qkv.shape[-1] - 2 * kv_heads * head_dim
     cache = jax.ShapeDtypeStruct(key.shape, key.dtype)
     out = jax.ShapeDtypeStruct((batch, heads), jnp.bfloat16)
-    call = jax.ffi.ffi_call(_TARGET, (cache, cache, out), input_output_aliases={5: 0, 6: 1})
+    call = jax.ffi.ffi_call(_TARGET, (cache, cache, out), input_output_aliases={4: 0, 5: 1})
     with jax.named_scope("attention"):
-        key, value, mixed = call(
-            qkv, cosine, sine, positions.astype(jnp.int32), jnp.asarray(layer, jnp.int32), key, value
-        )
+        key, value, mixed = call(qkv, rotation, positions.astype(jnp.int32), jnp.asarray(layer, jnp.int32), key, value)
     return mixed, key, value
 
 

@@ -31,12 +31,10 @@ class RoutedLinears(NamedTuple):
     Attributes:
         weight: kernels.
         router: routers.
-        thresholds: of each sequence.
     """
 
     weight: TiledWeight
     router: FusedRouter
-    thresholds: Float[Array, "L S B"]
 
 
 class DecodedLayers(NamedTuple):
@@ -57,28 +55,28 @@ class DecodedLayers(NamedTuple):
 
 def decode_layers(
     x: Float[Array, "B D"],
-    cosine: Float[Array, "B half"],
-    sine: Float[Array, "B half"],
+    rotation: Float[Array, "2 B half"],
     positions: Int[Array, " B"],
     norms: tuple[Float[Array, "L D"], Float[Array, "L D"]],
     eps: float,
     key: Float[Array, "L B S Hkv hd"],
     value: Float[Array, "L B S Hkv hd"],
     sites: Sequence[RoutedLinears],
+    thresholds: Float[Array, "L 7 B"],
     expected: Int[Array, ""],
 ) -> DecodedLayers:
     """Runs one new token of each sequence through every block.
 
     Args:
         x: embedded tokens, bfloat16.
-        cosine: of the rotary angles at the tokens' positions.
-        sine: likewise.
+        rotation: cosine and sine of the rotary angles at the tokens' positions.
         positions: absolute position of each token.
         norms: gains before attention and before the MLP.
         eps: of both.
         key: the cache, bfloat16, written in place.
         value: likewise.
         sites: q, k and v; o; gate and up; down.
+        thresholds: of the routers of q, k, v, o, gate, up and down, for each sequence.
         expected: how many slices a product will probably read, to be fetched while its routers still run. Only a hint:
             any number gives the same result.
 
@@ -87,24 +85,26 @@ def decode_layers(
     """
     if x.shape[0] != key.shape[1]:
         raise ValueError(f"tokens {x.shape} and a cache {key.shape} of other batches")
+    routed = key.shape[0], sum(len(site.weight.segments) for site in sites), x.shape[0]
+    if thresholds.shape != routed:
+        raise ValueError(f"thresholds {thresholds.shape} of other layers, linears or tokens than {routed}")
     check_supported(x.shape[0], key, sites)
     batch, hidden = x.shape
     widest = max(site.weight.in_features for site in sites)
     heads = sites[1].weight.in_features
     bf16 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     qkv, o, gate_up, down = (_product_shape(site.weight, batch) for site in sites)
-    linears = sum(len(site.weight.segments) for site in sites)
-    depths = jax.ShapeDtypeStruct((key.shape[0], linears, batch), jnp.int32)
+    depths = jax.ShapeDtypeStruct(routed, jnp.int32)
     caches = bf16(key.shape), bf16(value.shape)
     scratch = bf16((batch, hidden)), bf16((batch, widest)), bf16((batch, heads)), qkv, o, gate_up
     call = jax.ffi.ffi_call(
         _register(gpu.groups_per_block(sites[0].weight)),
         (*caches, bf16((batch, hidden)), down, depths, *scratch),
-        input_output_aliases={6: 0, 7: 1},
+        input_output_aliases={5: 0, 6: 1},
     )
     with jax.named_scope("decode_layers"):
         key, value, residual, update, read, *_ = call(
-            *(x, cosine, sine, positions.astype(jnp.int32), *norms, key, value, expected.astype(jnp.int32)),
+            *(x, rotation, positions.astype(jnp.int32), *norms, key, value, thresholds, expected.astype(jnp.int32)),
             *(array for site in sites for array in _arrays(site)),
             eps=np.float32(eps),
             version=np.int64(TILED_LAYOUT_VERSION),
@@ -141,7 +141,7 @@ def _product_shape(weight: TiledWeight, batch: int) -> jax.ShapeDtypeStruct:
 
 def _arrays(site: RoutedLinears) -> tuple[Array, ...]:
     router = site.router
-    routing = (router.hidden, router.magnitude, router.hidden_bias, router.output, router.output_bias, site.thresholds)
+    routing = (router.hidden, router.magnitude, router.hidden_bias, router.output, router.output_bias)
     return (*routing, site.weight.affine, *site.weight.planes)
 
 

@@ -49,12 +49,12 @@ def threshold_for_bits(
 
 
 def lookup(
-    table: Float[Array, " grid"], grid: tuple[float, ...], bits: Float[Array, "*batch"]
-) -> Float[Array, "*batch"]:
+    table: Float[Array, "*linears grid"], grid: tuple[float, ...], bits: Float[Array, " B"]
+) -> Float[Array, "*linears B"]:
     """Thresholds for the requested bits, linear between the entries of a table.
 
     Args:
-        table: threshold at each entry of ``grid``, falling.
+        table: each linear's threshold at each entry of ``grid``, falling.
         grid: average bits, rising; at its two ends every token reads the first slice only, or all of them.
         bits: the request, traced.
     """
@@ -62,7 +62,8 @@ def lookup(
     # Not `jnp.interp`: its search is a loop, which every step of decoding would wait for.
     upper = jnp.clip(jnp.searchsorted(ends, bits, side="right", method="compare_all"), 1, len(grid) - 1)
     share = (bits - ends[upper - 1]) / (ends[upper] - ends[upper - 1])
-    inner = table[upper - 1] + share * (table[upper] - table[upper - 1])
+    below, above = table[..., upper - 1], table[..., upper]
+    inner = below + share * (above - below)
     return jnp.where(bits <= grid[0], jnp.inf, jnp.where(bits >= grid[-1], -jnp.inf, inner))
 
 

@@ -1,12 +1,10 @@
 """The routers of linears that share their input, all layers stacked: what serving evaluates as one."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
-
-from mobiquant_jax.routing.budget import lookup
 
 
 @jax.tree_util.register_dataclass
@@ -20,8 +18,6 @@ class FusedRouter:
         hidden_bias: biases of the first layers.
         output: second layers.
         output_bias: biases of the second layers.
-        thresholds: recorded thresholds at each average of ``grid``.
-        grid: average bits of the thresholds.
     """
 
     hidden: Float[Array, "L D hiddens"]
@@ -29,13 +25,6 @@ class FusedRouter:
     hidden_bias: Float[Array, "L S h"]
     output: Float[Array, "L S h E-1"]
     output_bias: Float[Array, "L S E-1"]
-    thresholds: Float[Array, "L S grid"]
-    grid: tuple[float, ...] = field(metadata={"static": True})
-
-    def thresholds_at(self, bits: Float[Array, " B"]) -> Float[Array, "L S B"]:
-        """Every router's threshold for each sequence's target average bits."""
-        at_bits = jax.vmap(jax.vmap(lambda table: lookup(table, self.grid, bits)))
-        return at_bits(self.thresholds)
 
     def depths(
         self, x: Float[Array, "B T in"], thresholds: Float[Array, "L S B"], layer: Int[Array, ""]
@@ -44,7 +33,7 @@ class FusedRouter:
 
         Args:
             x: the linears' input; the first layers multiply in the dtype of ``hidden``.
-            thresholds: of all layers, see `thresholds_at`.
+            thresholds: of these linears, for each sequence.
             layer: which layer.
         """
         with jax.named_scope("router"):

@@ -28,7 +28,7 @@ def attend(
     """
     if positions.shape[1] == 1 and _has_kernel(qkv, cache):
         wide = jnp.concatenate(qkv, axis=-1)[:, 0].astype(jnp.float32)[None]
-        mixed, k, v = decode_attention(wide, *rotation(config, positions), positions[:, 0], layer, cache.k, cache.v)
+        mixed, k, v = decode_attention(wide, rotation(config, positions), positions[:, 0], layer, cache.k, cache.v)
         return mixed[:, None], KVCache(k=k, v=v, length=cache.length)
     q, k, v = (y.reshape(*y.shape[:2], -1, config.head_dim) for y in qkv)
     frequencies = inverse_frequencies(config)
@@ -39,12 +39,10 @@ def attend(
     return mixed.reshape(*q.shape[:2], -1), written.whole
 
 
-def rotation(
-    config: LlamaConfig, positions: Int[Array, "B 1"]
-) -> tuple[Float[Array, "B half"], Float[Array, "B half"]]:
-    """Cosine and sine of the rotary angles of one token a sequence."""
+def rotation(config: LlamaConfig, positions: Int[Array, "B 1"]) -> Float[Array, "2 B half"]:
+    """Cosine and sine of the rotary angles of one token a sequence: one array, so that one kernel makes both."""
     angles = positions.astype(jnp.float32) * inverse_frequencies(config)
-    return jnp.cos(angles), jnp.sin(angles)
+    return jnp.stack([jnp.cos(angles), jnp.sin(angles)])
 
 
 def _has_kernel(qkv: list[Float[Array, "B T heads"]], cache: KVCache) -> bool:

@@ -25,13 +25,10 @@ class DenseSite:
     kernels: tuple[Float[Array, "D out"], ...]
     segments: tuple[int, ...] = field(metadata={"static": True})
 
-    def thresholds_at(self, bits: Any) -> None:
-        """None: nothing is routed. See `Site`."""
-
     def __call__(
-        self, x: Float[Array, "B T D"], thresholds: None, layer: int, dtype: DTypeLike
+        self, x: Float[Array, "B T D"], thresholds: Any, layer: int, dtype: DTypeLike
     ) -> tuple[list[Float[Array, "B T out"]], Float[Array, "B T"]]:
-        """Multiplies. See `Site`."""
+        """Multiplies; nothing is routed, so thresholds are not read. See `Site`."""
         kernel = self.kernels[layer]
         ends = [sum(self.segments[: i + 1]) for i in range(len(self.segments) - 1)]
         read = jnp.full(x.shape[:2], float(kernel.size * kernel.dtype.itemsize * 8), jnp.float32)

@@ -14,19 +14,17 @@ from mobiquant_jax.ops.decode_layers import RoutedLinears, check_supported, deco
 from mobiquant_jax.ops.sliced_matmul.layout import TILED_SLICE_BITS
 from mobiquant_jax.routing import FusedRouter
 from mobiquant_jax.serving.attention import rotation
-from mobiquant_jax.serving.site import Site
-
-_SITES = ("qkv", "o", "gate_up", "down")
+from mobiquant_jax.serving.site import SITES, Site
 
 
 def supports_one_call(x: Float[Array, "B T D"], cache: KVCache, sites: Mapping[str, Any]) -> bool:
     """Whether `layers_in_one_call` can run on this input, with these weights, on this platform."""
     if x.shape[1] != 1 or x.dtype != jnp.bfloat16 or jax.default_backend() != "gpu":
         return False
-    if not all(_has_kernels(sites[name]) for name in _SITES):
+    if not all(_has_kernels(sites[name]) for name in SITES):
         return False
     try:
-        check_supported(x.shape[0], cache.k, [_linears(sites[name], None) for name in _SITES])
+        check_supported(x.shape[0], cache.k, [_linears(sites[name]) for name in SITES])
     except NotImplementedError:
         return False
     return True
@@ -35,7 +33,7 @@ def supports_one_call(x: Float[Array, "B T D"], cache: KVCache, sites: Mapping[s
 def layers_in_one_call(
     config: LlamaConfig,
     variables: Any,
-    thresholds: Mapping[str, Float[Array, "L S B"]],
+    thresholds: Float[Array, "L linears B"],
     x: Float[Array, "B 1 D"],
     positions: Int[Array, "B 1"],
     cache: KVCache,
@@ -46,22 +44,23 @@ def layers_in_one_call(
     Args:
         config: architecture.
         variables: `ServingArrays`.
-        thresholds: of each site.
+        thresholds: of each linear, in the order of `SITES`, for each sequence.
         x: embedded tokens.
         positions: absolute position of each token.
         cache: keys and values of all layers; its length is left to the caller.
         bits: target average bits of each sequence; only a hint of how much to fetch ahead.
     """
-    sites = [_linears(variables.sites[name], thresholds[name]) for name in _SITES]
+    sites = [_linears(variables.sites[name]) for name in SITES]
     done = decode_layers(
         x[:, 0],
-        *rotation(config, positions),
+        rotation(config, positions),
         positions[:, 0],
         (variables.attention_norm, variables.mlp_norm),
         config.rms_norm_eps,
         cache.k,
         cache.v,
         sites,
+        thresholds,
         expected=expected_slices(bits),
     )
     sizes = [2.0 * site.weight.in_features * outputs for site in sites for outputs in site.weight.segments]
@@ -91,6 +90,6 @@ def _has_kernels(site: Any) -> bool:
     )
 
 
-def _linears(site: Site, thresholds: Any) -> RoutedLinears:
+def _linears(site: Site) -> RoutedLinears:
     assert isinstance(site.weight, TiledWeight)
-    return RoutedLinears(site.weight, site.router, thresholds)
+    return RoutedLinears(site.weight, site.router)

@@ -5,8 +5,8 @@ one input are fused, and the loop over layers carries an index, since a slice of
 before a kernel could read it. Where there are kernels for it, a step's layers are one call instead: see `one_call`.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -19,17 +19,12 @@ from mobiquant_jax.models.elastic import ElasticModel
 from mobiquant_jax.models.kv_cache import KVCache
 from mobiquant_jax.models.layers import project, rms_norm, swiglu
 from mobiquant_jax.ops import Implementation
+from mobiquant_jax.routing import lookup
 from mobiquant_jax.serving.attention import attend
 from mobiquant_jax.serving.one_call import layers_in_one_call, supports_one_call
-from mobiquant_jax.serving.site import Site, fuse_site
+from mobiquant_jax.serving.site import SITES, Site, fuse_site, of_sites
 
 Carry = tuple[Array, KVCache, Array]  # residual stream, cache, weight bits read by each token
-SITES = {
-    "qkv": ("attention/q_proj", "attention/k_proj", "attention/v_proj"),
-    "o": ("attention/o_proj",),
-    "gate_up": ("mlp/gate_proj", "mlp/up_proj"),
-    "down": ("mlp/down_proj",),
-}
 
 
 @jax.tree_util.register_dataclass
@@ -44,6 +39,9 @@ class ServingArrays:
         attention_norm: gain before each layer's attention.
         mlp_norm: gain before each layer's MLP.
         sites: the linears, by the names of `SITES`.
+        thresholds: recorded for each routed linear, in the order of `SITES`, at each average of ``grid``. One array, so
+            that a step looks them all up in one kernel.
+        grid: average bits of the thresholds.
     """
 
     embedding: Float[Array, "V D"]
@@ -52,6 +50,8 @@ class ServingArrays:
     attention_norm: Float[Array, "L D"]
     mlp_norm: Float[Array, "L D"]
     sites: dict[str, Any]
+    thresholds: Float[Array, "L linears grid"]
+    grid: tuple[float, ...] = field(metadata={"static": True})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)  # compared and hashed by identity, so its methods can be static to jit
@@ -83,7 +83,7 @@ class PackedModel:
         batch, length = tokens.shape
         positions = cache.length[:, None] + jnp.arange(length, dtype=jnp.int32)
         target = jnp.broadcast_to(jnp.asarray(bits, jnp.float32), (batch,))
-        thresholds = {name: site.thresholds_at(target) for name, site in variables.sites.items()}
+        thresholds = lookup(variables.thresholds, variables.grid, target)
         with jax.named_scope("embed"):
             x = variables.embedding[tokens].astype(self.dtype)
         if supports_one_call(x, cache, variables.sites):
@@ -97,10 +97,12 @@ class PackedModel:
         return logits, read / weights, KVCache(k=cache.k, v=cache.v, length=cache.length + length)
 
     def _over_layers(
-        self, cfg: LlamaConfig, variables: ServingArrays, thresholds: Any, x: Array, positions: Array, cache: KVCache
+        self, cfg: LlamaConfig, variables: ServingArrays, thresholds: Array, x: Array, positions: Array, cache: KVCache
     ) -> Carry:
+        of_site = of_sites(thresholds)
+
         def site(name: str, x: Array, index: Any) -> tuple[list[Array], Array]:
-            return variables.sites[name](x, thresholds[name], index, self.dtype)
+            return variables.sites[name](x, of_site[name], index, self.dtype)
 
         def layer(index: Any, carry: Carry) -> Carry:
             x, cache, read = carry
@@ -144,28 +146,24 @@ def prepare(
         attention_norm=params["layers"]["attention_norm"]["scale"],
         mlp_norm=params["layers"]["mlp_norm"]["scale"],
         sites={name: _site(model, paths, dtype, implementation) for name, paths in SITES.items()},
+        thresholds=jnp.stack(_leaves(model, sum(SITES.values(), ()), "routing", "thresholds"), axis=1),
+        grid=model.elastic.budget_grid,
     )
     return PackedModel(config=model.config, variables=arrays, dtype=dtype)
 
 
 def _site(model: ElasticModel, paths: tuple[str, ...], dtype: DTypeLike, implementation: Implementation | None) -> Site:
-    assert model.elastic is not None
+    weights, routers = _leaves(model, paths, "slices", "weight"), _leaves(model, paths, "params", "router")
+    return fuse_site(weights, routers, dtype, implementation)
 
-    def leaves(collection: str, name: str) -> list[Any]:
-        found: list[Any] = []
-        for path in paths:
-            part, linear = path.split("/")
-            found.append(_child(_child(model.variables[collection]["layers"], part), linear)[name])
-        return found
 
-    return fuse_site(
-        leaves("slices", "weight"),
-        leaves("params", "router"),
-        leaves("routing", "thresholds"),
-        model.elastic.budget_grid,
-        dtype,
-        implementation,
-    )
+def _leaves(model: ElasticModel, paths: Iterable[str], collection: str, name: str) -> list[Any]:
+    """What each linear has in a collection under this name, stacked over layers."""
+    found: list[Any] = []
+    for path in paths:
+        part, linear = path.split("/")
+        found.append(_child(_child(model.variables[collection]["layers"], part), linear)[name])
+    return found
 
 
 def _child(tree: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -19,8 +19,8 @@ from mobiquant_jax.ops.sliced_matmul.layout import (
 )
 from mobiquant_jax.routing import FusedRouter, Router, score, threshold_for_bits
 from mobiquant_jax.serving.dense import DenseModel, DenseSite
-from mobiquant_jax.serving.packed import SITES, PackedModel, ServingArrays
-from mobiquant_jax.serving.site import Site
+from mobiquant_jax.serving.packed import PackedModel, ServingArrays
+from mobiquant_jax.serving.site import SITES, Site
 
 _THRESHOLD_TOKENS = 1024
 
@@ -41,8 +41,11 @@ def random_packed(
     """
     check_packable(config, elastic)
     keys = dict(zip(SITES, jax.random.split(key, len(SITES)), strict=True))
-    sites = {name: _packed_site(config, elastic, paths, keys[name], dtype) for name, paths in SITES.items()}
-    return PackedModel(config=config, variables=_around(config, key, sites, dtype), dtype=dtype)
+    made = {name: _packed_site(config, elastic, paths, keys[name], dtype) for name, paths in SITES.items()}
+    sites = {name: site for name, (site, _) in made.items()}
+    thresholds = jnp.concatenate([tables for _, tables in made.values()], axis=1)
+    variables = _around(config, key, sites, thresholds, elastic.budget_grid, dtype)
+    return PackedModel(config=config, variables=variables, dtype=dtype)
 
 
 def check_packable(config: LlamaConfig, elastic: ElasticConfig) -> None:
@@ -67,10 +70,19 @@ def random_dense(config: LlamaConfig, key: Key[Array, ""], dtype: DTypeLike = jn
         draw = jax.jit(lambda key, shape=shape: jax.random.normal(key, shape, dtype) / math.sqrt(shape[0]))
         kernels = tuple(draw(layer_key) for layer_key in jax.random.split(key, layers))
         sites[name] = DenseSite(kernels=kernels, segments=segments)
-    return DenseModel(config=config, variables=_around(config, key, sites, dtype), dtype=dtype)
+    grid = (2.0, 8.0)
+    of_no_linear = jnp.zeros((layers, 0, len(grid)))  # none is routed
+    return DenseModel(config=config, variables=_around(config, key, sites, of_no_linear, grid, dtype), dtype=dtype)
 
 
-def _around(config: LlamaConfig, key: Key[Array, ""], sites: dict, dtype: DTypeLike) -> ServingArrays:
+def _around(
+    config: LlamaConfig,
+    key: Key[Array, ""],
+    sites: dict,
+    thresholds: Float[Array, "L linears grid"],
+    grid: tuple[float, ...],
+    dtype: DTypeLike,
+) -> ServingArrays:
     vocabulary, hidden, layers = config.vocab_size, config.hidden_size, config.num_hidden_layers
     normal = jax.jit(jax.random.normal, static_argnums=(1, 2))
     return ServingArrays(
@@ -80,12 +92,15 @@ def _around(config: LlamaConfig, key: Key[Array, ""], sites: dict, dtype: DTypeL
         attention_norm=jnp.ones((layers, hidden)),
         mlp_norm=jnp.ones((layers, hidden)),
         sites=sites,
+        thresholds=thresholds,
+        grid=grid,
     )
 
 
 def _packed_site(
     config: LlamaConfig, elastic: ElasticConfig, paths: tuple[str, ...], key: Key[Array, ""], dtype: DTypeLike
-) -> Site:
+) -> tuple[Site, Float[Array, "L S grid"]]:
+    """A site and its linears' thresholds."""
     shapes, layers, slices = config.linear_shapes(), config.num_hidden_layers, len(elastic.slice_bits)
     inputs, segments = shapes[paths[0]][0], tuple(shapes[path][1] for path in paths)
     codes_key, scale_key, router_key, input_key = jax.random.split(key, 4)
@@ -108,18 +123,14 @@ def _packed_site(
     )
     sample = jax.random.normal(input_key, (_THRESHOLD_TOKENS, inputs))
     routers, tables = _routers(elastic, jax.random.split(router_key, (layers, len(paths))), sample)
-    return Site(
-        weight=weight,
-        router=FusedRouter(
-            hidden=jnp.moveaxis(routers.hidden, 1, 2).reshape(layers, inputs, -1).astype(dtype),
-            magnitude=routers.magnitude,
-            hidden_bias=routers.hidden_bias,
-            output=routers.output,
-            output_bias=routers.output_bias,
-            thresholds=tables,
-            grid=elastic.budget_grid,
-        ),
+    router = FusedRouter(
+        hidden=jnp.moveaxis(routers.hidden, 1, 2).reshape(layers, inputs, -1).astype(dtype),
+        magnitude=routers.magnitude,
+        hidden_bias=routers.hidden_bias,
+        output=routers.output,
+        output_bias=routers.output_bias,
     )
+    return Site(weight=weight, router=router), tables
 
 
 @partial(jax.jit, static_argnums=0)

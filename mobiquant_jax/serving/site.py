@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,14 @@ from jaxtyping import Array, Float, Int
 from mobiquant_jax.ops import Implementation, StackedWeight, TiledWeight, serving_weight, sliced_matmul
 from mobiquant_jax.quant import SlicedWeight
 from mobiquant_jax.routing import FusedRouter, Router
+
+# In the order in which a block reads them: the order of linears wherever all sites have one array.
+SITES = {
+    "qkv": ("attention/q_proj", "attention/k_proj", "attention/v_proj"),
+    "o": ("attention/o_proj",),
+    "gate_up": ("mlp/gate_proj", "mlp/up_proj"),
+    "down": ("mlp/down_proj",),
+}
 
 
 @jax.tree_util.register_dataclass
@@ -29,18 +36,14 @@ class Site:
     router: FusedRouter
     implementation: Implementation | None = field(default=None, metadata={"static": True})
 
-    def thresholds_at(self, bits: Float[Array, " B"]) -> Any:
-        """What `__call__` takes as thresholds: once for all layers."""
-        return self.router.thresholds_at(bits)
-
     def __call__(
-        self, x: Float[Array, "B T in"], thresholds: Any, layer: Int[Array, ""], dtype: DTypeLike
+        self, x: Float[Array, "B T in"], thresholds: Float[Array, "L S B"], layer: Int[Array, ""], dtype: DTypeLike
     ) -> tuple[list[Float[Array, "B T out"]], Float[Array, "B T"]]:
         """Routes and multiplies.
 
         Args:
             x: activations.
-            thresholds: see `thresholds_at`.
+            thresholds: of these linears, for each sequence.
             layer: which layer.
             dtype: of the multiplication and of the outputs.
 
@@ -56,11 +59,18 @@ class Site:
         return jnp.split(y, ends, axis=-1), read
 
 
+def of_sites(per_linear: Float[Array, "L linears B"]) -> dict[str, Float[Array, "L S B"]]:
+    """Each site's part of what all linears have in one array, in the order of `SITES`."""
+    parts, first = {}, 0
+    for name, paths in SITES.items():
+        parts[name] = per_linear[:, first : first + len(paths)]
+        first += len(paths)
+    return parts
+
+
 def fuse_site(
     weights: Sequence[SlicedWeight],
     routers: Sequence[Router],
-    tables: Sequence[Float[Array, "L grid"]],
-    grid: tuple[float, ...],
     dtype: DTypeLike,
     implementation: Implementation | None = None,
 ) -> Site:
@@ -69,8 +79,6 @@ def fuse_site(
     Args:
         weights: each linear's kernels, stacked over layers.
         routers: each linear's routers, stacked over layers.
-        tables: each linear's thresholds.
-        grid: average bits of the thresholds.
         dtype: type of the routers' first layers.
         implementation: of the elastic matmul, which also chooses the weights' layout; the platform's if None.
 
@@ -86,7 +94,5 @@ def fuse_site(
             hidden_bias=jnp.stack([router.hidden_bias for router in routers], axis=1),
             output=jnp.stack([router.output for router in routers], axis=1),
             output_bias=jnp.stack([router.output_bias for router in routers], axis=1),
-            thresholds=jnp.stack(tables, axis=1),
-            grid=grid,
         ),
     )

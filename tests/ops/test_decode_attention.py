@@ -38,8 +38,8 @@ def test_matches_float64(batch, heads, kv_heads, size):
     qkv = jnp.asarray(rng.normal(size=(2, batch, (heads + 2 * kv_heads) * size)), jnp.float32)
     angles = positions[:, None] * 0.1 ** np.linspace(0, 3, size // 2)
     before = exact(key), exact(value)
-    mixed, new_key, new_value = jax.jit(decode_attention, donate_argnums=(5, 6))(
-        qkv, *(jnp.asarray(f(angles), jnp.float32) for f in (np.cos, np.sin)), jnp.asarray(positions), 1, key, value
+    mixed, new_key, new_value = jax.jit(decode_attention, donate_argnums=(4, 5))(
+        qkv, jnp.asarray([np.cos(angles), np.sin(angles)], jnp.float32), jnp.asarray(positions), 1, key, value
     )
     parts = rounded(np.asarray(qkv).sum(axis=0)).reshape(batch, -1, size)
     q, k, v = np.split(parts, [heads, heads + kv_heads], axis=1)
@@ -65,10 +65,8 @@ def test_a_token_outside_the_cache_is_dropped():
     rng = np.random.default_rng(0)
     key, value = (jnp.asarray(rng.normal(size=(1, 1, 8, 2, 64)), jnp.bfloat16) for _ in range(2))
     qkv = jnp.asarray(rng.normal(size=(1, 1, 6 * 64)), jnp.float32)
-    angles = jnp.zeros((1, 32))
-    mixed, new_key, new_value = decode_attention(
-        qkv, jnp.cos(angles), jnp.sin(angles), jnp.asarray([8]), jnp.int32(0), key, value
-    )
+    unturned = jnp.stack([jnp.ones((1, 32)), jnp.zeros((1, 32))])
+    mixed, new_key, new_value = decode_attention(qkv, unturned, jnp.asarray([8]), jnp.int32(0), key, value)
     np.testing.assert_array_equal(exact(new_key), exact(key))
     np.testing.assert_array_equal(exact(new_value), exact(value))
     assert np.isfinite(exact(mixed)).all()

@@ -10,7 +10,9 @@ from mobiquant_jax.models.kv_cache import KVCache
 from mobiquant_jax.models.rope import inverse_frequencies
 from mobiquant_jax.ops import untile_weight
 from mobiquant_jax.ops.decode_layers import RoutedLinears, check_supported, decode_layers
+from mobiquant_jax.routing import lookup
 from mobiquant_jax.serving import prepare
+from mobiquant_jax.serving.attention import rotation
 from mobiquant_jax.serving.one_call import supports_one_call
 
 NAMES = ("qkv", "o", "gate_up", "down")
@@ -54,16 +56,16 @@ def rotate(heads, angles):
 class Reference:
     """The step in float64 at given depths, rounded where the kernels round; notes what the routers would have said."""
 
-    def __init__(self, packed, sites, depths):
-        self.packed, self.sites, self.depths = packed, sites, np.asarray(depths)
+    def __init__(self, packed, sites, thresholds, depths):
+        self.packed, self.sites, self.thresholds, self.depths = packed, sites, exact(thresholds), np.asarray(depths)
         self.margins = []  # of each site and layer: scores less threshold, and the depths taken
 
     def product(self, name, layer, x):
         site = self.sites[NAMES.index(name)]
         first = sum(len(s.weight.segments) for s in self.sites[: NAMES.index(name)])
         kernels = [jax.tree.map(lambda leaf: leaf[layer], kernel) for kernel in untile_weight(site.weight)]
-        taken = self.depths[layer, first : first + len(kernels)]
-        margin = scores(site.router, layer, x) - exact(site.thresholds[layer])[..., None]
+        thresholds, taken = (rows[layer, first : first + len(kernels)] for rows in (self.thresholds, self.depths))
+        margin = scores(site.router, layer, x) - thresholds[..., None]
         self.margins.append((margin, taken))
         rows = [
             np.stack([row @ exact(kernel.dequantize(int(d))) for row, d in zip(x, depth, strict=True)])
@@ -124,22 +126,20 @@ def test_matches_float64(batch, sizes, group_size, width, random_elastic):
     model = random_elastic(int(rng.integers(99)), elastic, num_hidden_layers=3, **sizes)
     packed = prepare(model)
     bits = jnp.asarray(rng.uniform(2.5, 6, batch), jnp.float32)
-    sites = [
-        RoutedLinears(site.weight, site.router, site.thresholds_at(bits))
-        for site in (packed.variables.sites[name] for name in NAMES)
-    ]
+    sites = [RoutedLinears(s.weight, s.router) for s in (packed.variables.sites[name] for name in NAMES)]
+    thresholds = lookup(packed.variables.thresholds, packed.variables.grid, bits)
     positions = rng.integers(0, SLOTS, batch)
     x = jnp.asarray(rng.normal(size=(batch, sizes["hidden_size"])), jnp.bfloat16)
     empty = KVCache.create(packed.config, batch, SLOTS, jnp.bfloat16)
     key, value = (jnp.asarray(rng.normal(size=empty.k.shape), jnp.bfloat16) for _ in range(2))
-    angles = jnp.asarray(positions[:, None] * inverse_frequencies(packed.config), jnp.float32)
+    turned = rotation(packed.config, jnp.asarray(positions[:, None]))
     norms = packed.variables.attention_norm, packed.variables.mlp_norm
     before = exact(key), exact(value)
-    step = jax.jit(decode_layers, static_argnums=5)
+    step = jax.jit(decode_layers, static_argnums=4)
     eps = packed.config.rms_norm_eps
-    call = (x, jnp.cos(angles), jnp.sin(angles), jnp.asarray(positions), norms, eps, key, value, sites)
+    call = (x, turned, jnp.asarray(positions), norms, eps, key, value, sites, thresholds)
     got = step(*call, jnp.int32(1))
-    reference = Reference(packed, sites, got.depths)
+    reference = Reference(packed, sites, thresholds, got.depths)
     want = reference.run(exact(x), positions, *before)
     assert np.linalg.norm(exact(got.x) - want) / np.linalg.norm(want) < 2e-2
     for found, expected in ((got.key, before[0]), (got.value, before[1])):
@@ -178,10 +178,20 @@ def test_where_it_cannot_run_it_says_why(random_elastic):
     elastic = ElasticConfig(group_size=64, router_hidden_size=8, budget_grid=(2.0, 8.0))
     sizes = dict(hidden_size=256, intermediate_size=384, num_attention_heads=4, head_dim=64)
     packed = prepare(random_elastic(3, elastic, **sizes), implementation="gpu")
-    sites = [RoutedLinears(s.weight, s.router, None) for s in (packed.variables.sites[name] for name in NAMES)]
+    sites = [RoutedLinears(s.weight, s.router) for s in (packed.variables.sites[name] for name in NAMES)]
     reason = "17 " if jax.default_backend() == "gpu" else "Hopper"
     with pytest.raises(NotImplementedError, match=reason):
         check_supported(17, KVCache.create(packed.config, 17, 8, jnp.bfloat16).k, sites)
+
+
+def test_thresholds_of_fewer_linears_are_refused(random_elastic):
+    packed = prepare(random_elastic(3, ElasticConfig(group_size=32, budget_grid=(2.0, 8.0))), implementation="gpu")
+    v, cache = packed.variables, KVCache.create(packed.config, 1, 8, jnp.bfloat16)
+    sites = [RoutedLinears(v.sites[name].weight, v.sites[name].router) for name in NAMES]
+    x, turned = jnp.zeros((1, packed.config.hidden_size), jnp.bfloat16), rotation(packed.config, jnp.zeros((1, 1)))
+    call = (x, turned, jnp.zeros(1, jnp.int32), (v.attention_norm, v.mlp_norm), 1e-5, cache.k, cache.v, sites)
+    with pytest.raises(ValueError, match=r"thresholds \(2, 6, 1\) .* than \(2, 7, 1\)"):
+        decode_layers(*call, jnp.zeros((2, 6, 1)), jnp.int32(1))
 
 
 def decode_steps(packed, bits, tokens, slots, held):

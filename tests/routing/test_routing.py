@@ -100,6 +100,10 @@ def test_lookup_is_numpys_interpolation_without_a_loop():
     lookup = partial(routing.lookup, jnp.asarray(table), grid)
     np.testing.assert_allclose(lookup(bits), np.interp(bits, grid, table), rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(lookup(jnp.array([1.0, 2.0, 8.0, 9.0])), [np.inf, np.inf, -np.inf, -np.inf])
+    tables = table + rng.normal(size=(2, 3, 1)).astype(np.float32)
+    together = routing.lookup(jnp.asarray(tables), grid, jnp.asarray(bits))
+    for at in np.ndindex(2, 3):  # several linears at once: each as alone
+        np.testing.assert_array_equal(together[at], routing.lookup(jnp.asarray(tables[at]), grid, jnp.asarray(bits)))
     assert "while" not in str(jax.make_jaxpr(lookup)(bits)) and "scan" not in str(jax.make_jaxpr(lookup)(bits))
 
 

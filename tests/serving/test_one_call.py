@@ -30,7 +30,7 @@ def test_a_step_tells_the_kernels_what_to_expect(random_elastic, monkeypatch):
     packed = prepare(random_elastic(0, ElasticConfig(group_size=32, budget_grid=(2.0, 8.0))), jnp.bfloat16, "gpu")
     told = []
 
-    def kernels(x, cosine, sine, positions, norms, eps, key, value, sites, expected):
+    def kernels(x, rotation, positions, norms, eps, key, value, sites, thresholds, expected):
         told.append(int(expected))
         return DecodedLayers(x, key, value, jnp.ones((key.shape[0], 7, x.shape[0]), jnp.int32))
 

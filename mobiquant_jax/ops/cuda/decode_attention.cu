@@ -4,15 +4,15 @@
 namespace mobiquant {
 namespace {
 
-ffi::Error attention(cudaStream_t stream, Floats qkv, Floats cosine, Floats sine, Integers position, Integers layer,
-                     Halves key, Halves value, ffi::Result<Halves> key_out, ffi::Result<Halves> value_out,
+ffi::Error attention(cudaStream_t stream, Floats qkv, Floats rotation, Integers position, Integers layer, Halves key,
+                     Halves value, ffi::Result<Halves> key_out, ffi::Result<Halves> value_out,
                      ffi::Result<Halves> out) {
   if (key_out->typed_data() != key.typed_data() || value_out->typed_data() != value.typed_data())
     return ffi::Error::InvalidArgument("decode_attention: the cache is not updated in place");
   AttentionArgs args{};
   args.qkv = qkv.typed_data();
-  args.cosine = cosine.typed_data();
-  args.sine = sine.typed_data();
+  args.cosine = rotation.typed_data();
+  args.sine = args.cosine + rotation.element_count() / 2;
   args.position = position.typed_data();
   args.layer = layer.typed_data();
   args.key = bf16(*key_out);
@@ -34,7 +34,6 @@ ffi::Error attention(cudaStream_t stream, Floats qkv, Floats cosine, Floats sine
 XLA_FFI_DEFINE_HANDLER_SYMBOL(DecodeAttention, mobiquant::attention,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::PlatformStream<cudaStream_t>>()
-                                  .Arg<mobiquant::Floats>()
                                   .Arg<mobiquant::Floats>()
                                   .Arg<mobiquant::Floats>()
                                   .Arg<mobiquant::Integers>()

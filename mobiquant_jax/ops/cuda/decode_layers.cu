@@ -13,14 +13,14 @@ namespace mobiquant {
 namespace {
 
 constexpr int kSites = 4;                  // query-key-value, output, gate-up, down
-constexpr int kSiteArrays = 7 + kMaxSlices;
+constexpr int kSiteArrays = 6 + kMaxSlices;
 constexpr int kPrefetchBytes = 64 * 1024;  // the best of 64, 96 and 128 KB for one slice or two; for more it is 96
 
 // The linears of one input: what they hold of the first layer.
 struct Site {
   RouteArgs route;
   DecodeArgs decode;
-  int32_t* depth;  // [layers, all linears, tokens], from this site's first linear on
+  int32_t* depth;  // [layers, all linears, tokens], as thresholds are; from this site's first linear on
   int all_linears, splits;
 };
 
@@ -28,15 +28,15 @@ ffi::Error read_site(Site& site, const ffi::RemainingArgs& arrays, int first, ff
                      Floats out, int64_t version) {
   const auto hidden = arrays.get<Halves>(first);
   if (!hidden.has_value()) return ffi::Error::InvalidArgument("decode_layers: hidden layers must be bfloat16");
-  const float* floats[5];
-  for (int i = 0; i < 5; ++i) {
+  const float* floats[4];
+  for (int i = 0; i < 4; ++i) {
     const auto array = arrays.get<Floats>(first + 1 + i);
     if (!array.has_value()) return ffi::Error::InvalidArgument("decode_layers: routers must be float32");
     floats[i] = array->typed_data();
   }
   std::optional<Words> words[1 + kMaxSlices];
   for (int i = 0; i <= kMaxSlices; ++i) {
-    const auto array = arrays.get<Words>(first + 6 + i);
+    const auto array = arrays.get<Words>(first + 5 + i);
     if (!array.has_value()) return ffi::Error::InvalidArgument("decode_layers: weights must be uint32");
     words[i] = *array;
   }
@@ -50,7 +50,6 @@ ffi::Error read_site(Site& site, const ffi::RemainingArgs& arrays, int first, ff
   route.hidden_bias = floats[1];
   route.output = floats[2];
   route.output_bias = floats[3];
-  route.threshold = floats[4];
   route.inputs = static_cast<int>(hidden->dimensions()[1]);
   route.linears = static_cast<int>(ends.size());
   route.width = static_cast<int>(hidden->dimensions()[2]) / route.linears;
@@ -72,8 +71,9 @@ cudaError_t run(cudaStream_t stream, const Site& site, int layer, bool early) {
   route.hidden_bias += units;
   route.output += units * kScores;
   route.output_bias += static_cast<size_t>(layer) * route.linears * kScores;
-  route.threshold += static_cast<size_t>(layer) * route.linears * route.tokens;
-  route.depth = site.depth + static_cast<size_t>(layer) * site.all_linears * route.tokens;
+  const size_t rows = static_cast<size_t>(layer) * site.all_linears;
+  route.threshold += rows * route.tokens;
+  route.depth = site.depth + rows * route.tokens;
   if (cudaError_t error = launch_route(stream, route, early)) return error;
   DecodeArgs decode = site.decode;
   decode.weights.layer_index = layer;
@@ -82,8 +82,8 @@ cudaError_t run(cudaStream_t stream, const Site& site, int layer, bool early) {
   return launch_decode(stream, decode, site.splits, true);
 }
 
-ffi::Error decode_layers(cudaStream_t stream, Halves x, Floats cosine, Floats sine, Integers position,
-                         Floats attention_norm, Floats mlp_norm, Halves key, Halves value, Integers expected,
+ffi::Error decode_layers(cudaStream_t stream, Halves x, Floats rotation, Integers position, Floats attention_norm,
+                         Floats mlp_norm, Halves key, Halves value, Floats thresholds, Integers expected,
                          ffi::RemainingArgs arrays, ffi::Result<Halves> key_out, ffi::Result<Halves> value_out,
                          ffi::Result<Halves> residual, ffi::Result<Floats> update, ffi::Result<Integers> depth,
                          ffi::Result<Halves> middle, ffi::Result<Halves> input, ffi::Result<Halves> mixed,
@@ -101,6 +101,7 @@ ffi::Error decode_layers(cudaStream_t stream, Halves x, Floats cosine, Floats si
   for (int s = 0; s < kSites; ++s) {
     if (auto error = read_site(sites[s], arrays, s * kSiteArrays, ends[s], outs[s], version); error.failure())
       return error;
+    sites[s].route.threshold = thresholds.typed_data() + linears * sites[s].route.tokens;
     sites[s].depth = depth->typed_data() + linears * sites[s].route.tokens;
     linears += sites[s].route.linears;
   }
@@ -127,8 +128,8 @@ ffi::Error decode_layers(cudaStream_t stream, Halves x, Floats cosine, Floats si
 
   AttentionArgs attention{};
   attention.qkv = qkv->typed_data();
-  attention.cosine = cosine.typed_data();
-  attention.sine = sine.typed_data();
+  attention.cosine = rotation.typed_data();
+  attention.sine = attention.cosine + rotation.element_count() / 2;
   attention.position = position.typed_data();
   attention.key = bf16(*key_out);
   attention.value = bf16(*value_out);
@@ -165,12 +166,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DecodeLayers, mobiquant::decode_layers,
                                   .Ctx<ffi::PlatformStream<cudaStream_t>>()
                                   .Arg<mobiquant::Halves>()
                                   .Arg<mobiquant::Floats>()
-                                  .Arg<mobiquant::Floats>()
                                   .Arg<mobiquant::Integers>()
                                   .Arg<mobiquant::Floats>()
                                   .Arg<mobiquant::Floats>()
                                   .Arg<mobiquant::Halves>()
                                   .Arg<mobiquant::Halves>()
+                                  .Arg<mobiquant::Floats>()
                                   .Arg<mobiquant::Integers>()
                                   .RemainingArgs()
                                   .Ret<mobiquant::Halves>()

@@ -41,6 +41,7 @@ struct AttentionShared {
   float warp_mixed[kAttentionWarps][G][SIZE];
   float2 rank[kMostRanks][G];         // of every block of the cluster
   float rank_mixed[G * SIZE];         // [ranks, this block's share of the results]
+  uint64_t sent;                      // barrier that counts the bytes of the two
 };
 
 // The running softmax of G heads over the keys one reader has seen, eight numbers of each value a lane.
@@ -86,8 +87,15 @@ __global__ void __launch_bounds__(kAttentionThreads, G > 4 ? 1 : 2) attention_ke
   const int lane = threadIdx.x % kLanes, reader = threadIdx.x / kLanes;
   const size_t layer = args.layer ? *args.layer : args.layer_index;
   const int position = args.position[row];
+  const uint32_t sent = shared_address(&shared.sent);
   launch_dependents();
-  cluster_arrive();  // waited for before the first write to another block
+  if (threadIdx.x == 0) {
+    barrier_init(sent, 1);
+    barrier_init_fence();
+    barrier_expect(sent, G * (SIZE * 4 + args.ranks * 8));
+  }
+  __syncwarp();
+  cluster_arrive();  // waited for before the first store to another block
 
   const size_t stride = static_cast<size_t>(args.kv_heads) * SIZE;  // between two slots
   const size_t first = (layer * args.batch + row) * args.slots * stride + static_cast<size_t>(head) * SIZE;
@@ -212,22 +220,23 @@ __global__ void __launch_bounds__(kAttentionThreads, G > 4 ? 1 : 2) attention_ke
   // Each block of the cluster finishes a share of the results.
   const int part = G * SIZE / args.ranks;
 #pragma unroll 1
-  for (int item = threadIdx.x; item < G * SIZE; item += kAttentionThreads) {
+  for (int item = threadIdx.x * 4; item < G * SIZE; item += kAttentionThreads * 4) {
     const int g = item / SIZE, i = item % SIZE;
-    float most = -1e30f, sum = 0.0f, mixed = 0.0f;
+    float most = -1e30f, sum = 0.0f, mixed[4] = {};
 #pragma unroll
     for (int w = 0; w < kAttentionWarps; ++w) most = fmaxf(most, shared.warp[w][g].x);
 #pragma unroll
     for (int w = 0; w < kAttentionWarps; ++w) {
       const float kept = exp2f(shared.warp[w][g].x - most);
       sum = fmaf(kept, shared.warp[w][g].y, sum);
-      mixed = fmaf(kept, shared.warp_mixed[w][g][i], mixed);
+      const float4 of_warp = *reinterpret_cast<const float4*>(&shared.warp_mixed[w][g][i]);
+      mixed[0] = fmaf(kept, of_warp.x, mixed[0]), mixed[1] = fmaf(kept, of_warp.y, mixed[1]);
+      mixed[2] = fmaf(kept, of_warp.z, mixed[2]), mixed[3] = fmaf(kept, of_warp.w, mixed[3]);
     }
-    store_cluster4(shared_address(&shared.rank_mixed[rank * part + item % part]), item / part, mixed);
-    if (i < args.ranks) store_cluster8(shared_address(&shared.rank[rank][g]), i, make_float2(most, sum));
+    store_cluster16(shared_address(&shared.rank_mixed[rank * part + item % part]), item / part, mixed, sent);
+    if (i / 4 < args.ranks) store_cluster8(shared_address(&shared.rank[rank][g]), i / 4, make_float2(most, sum), sent);
   }
-  cluster_arrive();
-  cluster_wait();
+  barrier_wait(sent, 0);  // all threads: a block must not end before what is sent to it is there
 #pragma unroll 1
   for (int item = threadIdx.x; item < part; item += kAttentionThreads) {
     const int g = (rank * part + item) / SIZE;

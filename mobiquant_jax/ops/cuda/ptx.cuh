@@ -114,22 +114,26 @@ __device__ inline void prefetch_bulk(const void* from, int bytes) {
 __device__ inline void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 __device__ inline void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
-// A barrier among the threads of a cluster of thread blocks; what was stored before it is seen after it.
-__device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+// A barrier among the threads of a cluster of thread blocks. It orders no stores, which would cost a fence for the whole
+// device: data is handed over by barriers in shared memory.
+__device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 __device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
-// Stores to the same place in the shared memory of another block of the cluster.
-__device__ inline void store_cluster4(uint32_t to, int rank, float value) {
-  asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nst.shared::cluster.f32 [there], %2;\n}\n" ::"r"(
-                   to),
-               "r"(rank), "f"(value)
-               : "memory");
-}
-__device__ inline void store_cluster8(uint32_t to, int rank, float2 value) {
+// Store to the same place in the shared memory of a block of the cluster, and count the bytes at a barrier there.
+__device__ inline void store_cluster8(uint32_t to, int rank, float2 value, uint32_t barrier) {
   asm volatile(
-      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nst.shared::cluster.v2.f32 [there], {%2, %3};\n}\n" ::"r"(
-          to),
-      "r"(rank), "f"(value.x), "f"(value.y)
+      "{\n.reg .b32 there, counted;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\nmapa.shared::cluster.u32 counted, %2, %1;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [there], {%3, %4}, [counted];\n}\n" ::"r"(to),
+      "r"(rank), "r"(barrier), "f"(value.x), "f"(value.y)
+      : "memory");
+}
+__device__ inline void store_cluster16(uint32_t to, int rank, const float (&value)[4], uint32_t barrier) {
+  asm volatile(
+      "{\n.reg .b32 there, counted;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\nmapa.shared::cluster.u32 counted, %2, %1;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%3, %4, %5, %6}, [counted];\n}\n" ::"r"(to),
+      "r"(rank), "r"(barrier), "f"(value[0]), "f"(value[1]), "f"(value[2]), "f"(value[3])
       : "memory");
 }
 

@@ -51,21 +51,22 @@ constexpr int kRouteWarps = kRouteThreads / 32;
 constexpr int kRouteRows = 8;  // rows of `hidden` a lane holds at once
 constexpr int kScores = kMaxSlices - 1;
 
-// Shared memory, in bytes from its start: this block's inputs and gains, each warp's sums of hidden units and the squares
+// Shared memory, in bytes from its start: a barrier that counts what the other blocks send; this block's inputs and gains, each warp's sums of hidden units and the squares
 // of every eight inputs; of the first block the rest of the router, and of all blocks what they have summed.
 struct RouteShape {
   int share;  // inputs of a block
-  int x, gain, sums, eights, head, gathered, squares, total;
+  int barrier, x, gain, sums, eights, head, gathered, squares, total;
   __host__ __device__ RouteShape(int tokens, int inputs, int width) {
     share = (inputs + 8 * kRouteRanks - 1) / (8 * kRouteRanks) * 8;
-    x = 0;
+    barrier = 0;
+    x = 16;
     gain = x + tokens * share * 4;
     sums = gain + share * 4;
     eights = sums + kRouteWarps * tokens * width * 4;
     squares = eights + tokens * share / 8 * 8;
-    head = squares + kRouteRanks * tokens * 8;
-    gathered = head + (width * (2 + kScores) + kScores + tokens) * 4;
-    total = gathered + kRouteRanks * tokens * width * 4;
+    gathered = (squares + kRouteRanks * tokens * 8 + 15) / 16 * 16;
+    head = gathered + kRouteRanks * tokens * width * 4;
+    total = head + (width * (2 + kScores) + kScores + tokens) * 4;
   }
 };
 
@@ -134,7 +135,6 @@ __device__ __forceinline__ float2 warp_sum(float2 value) {
 __global__ void __launch_bounds__(kRouteThreads, 3) route_kernel(const __grid_constant__ RouteArgs args) {
   extern __shared__ __align__(16) unsigned char shared[];
   launch_dependents();
-  cluster_arrive();  // waited for before the first write to another block
   const int linear = blockIdx.x / kRouteRanks % args.linears, rank = blockIdx.x % kRouteRanks;
   const int first_token = blockIdx.x / kRouteRanks / args.linears * kRouteTokens;
   const int tokens = min(args.tokens - first_token, kRouteTokens), inputs = args.inputs, width = args.width;
@@ -150,6 +150,14 @@ __global__ void __launch_bounds__(kRouteThreads, 3) route_kernel(const __grid_co
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int begin = rank * shape.share, count = max(0, min(shape.share, inputs - begin));
   const bool writes = linear == 0;
+  const uint32_t sent = shared_address(shared + shape.barrier);  // passed when all blocks' sums are here
+  if (threadIdx.x == 0) {
+    barrier_init(sent, 1);
+    barrier_init_fence();
+    barrier_expect(sent, kRouteRanks * tokens * (8 + (rank == 0 ? width * 4 : 0)));
+  }
+  __syncwarp();
+  cluster_arrive();  // waited for before the first store to another block
 
   // First what does not depend on the kernel before. A row of `hidden` is read by width / 8 lanes, eight units each.
   const int row_lanes = width / 8, warp_rows = 32 / row_lanes, columns = args.linears * width;
@@ -218,7 +226,7 @@ __global__ void __launch_bounds__(kRouteThreads, 3) route_kernel(const __grid_co
       square.x += more.x, square.y += more.y;
     }
     square = warp_sum(square);
-    if (lane < kRouteRanks) store_cluster8(shared_address(squares + rank * tokens + token), lane, square);
+    if (lane < kRouteRanks) store_cluster8(shared_address(squares + rank * tokens + token), lane, square, sent);
   }
 
 #pragma unroll 1
@@ -248,15 +256,18 @@ __global__ void __launch_bounds__(kRouteThreads, 3) route_kernel(const __grid_co
   }
   __syncthreads();
 #pragma unroll 1
-  for (int item = threadIdx.x; item < tokens * width; item += kRouteThreads) {
-    float sum = 0.0f;
-    if (count > 0)
+  for (int item = threadIdx.x * 4; item < tokens * width; item += kRouteThreads * 4) {
+    float sum[4] = {};
+    if (count > 0) {
 #pragma unroll
-      for (int w = 0; w < kRouteWarps; ++w) sum += sums[w * tokens * width + item];
-    store_cluster4(shared_address(gathered + rank * tokens * width + item), 0, sum);
+      for (int w = 0; w < kRouteWarps; ++w) {
+        const float4 more = *reinterpret_cast<const float4*>(sums + w * tokens * width + item);
+        sum[0] += more.x, sum[1] += more.y, sum[2] += more.z, sum[3] += more.w;
+      }
+    }
+    store_cluster16(shared_address(gathered + rank * tokens * width + item), 0, sum, sent);
   }
-  cluster_arrive();
-  cluster_wait();
+  barrier_wait(sent, 0);  // all threads: a block must not end before what is sent to it is there
 
 #pragma unroll 1
   for (int token = warp; token < tokens; token += kRouteWarps) {

@@ -45,8 +45,10 @@ def decode_attention(
     """
     if qkv.shape[1] != key.shape[1]:
         raise ValueError(f"projections {qkv.shape} and a cache {key.shape} of other batches")
-    check_supported(qkv.shape[-1], key)
     _, batch, _, kv_heads, head_dim = key.shape
+    if rotation.shape != (2, batch, head_dim // 2):
+        raise ValueError(f"rotation {rotation.shape} of other tokens or heads than {(2, batch, head_dim // 2)}")
+    check_supported(qkv.shape[-1], key)
     heads = qkv.shape[-1] - 2 * kv_heads * head_dim
     cache = jax.ShapeDtypeStruct(key.shape, key.dtype)
     out = jax.ShapeDtypeStruct((batch, heads), jnp.bfloat16)

@@ -88,6 +88,9 @@ def decode_layers(
     routed = key.shape[0], sum(len(site.weight.segments) for site in sites), x.shape[0]
     if thresholds.shape != routed:
         raise ValueError(f"thresholds {thresholds.shape} of other layers, linears or tokens than {routed}")
+    turned = 2, x.shape[0], key.shape[-1] // 2
+    if rotation.shape != turned:
+        raise ValueError(f"rotation {rotation.shape} of other tokens or heads than {turned}")
     check_supported(x.shape[0], key, sites)
     batch, hidden = x.shape
     widest = max(site.weight.in_features for site in sites)

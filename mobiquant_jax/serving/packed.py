@@ -39,8 +39,8 @@ class ServingArrays:
         attention_norm: gain before each layer's attention.
         mlp_norm: gain before each layer's MLP.
         sites: the linears, by the names of `SITES`.
-        thresholds: recorded for each routed linear, in the order of `SITES`, at each average of ``grid``. One array, so
-            that a step looks them all up in one kernel.
+        thresholds: recorded for each routed linear, in the order of `SITES`, at each average of ``grid``; of a dense
+            model there are none. One array, so that a step looks them all up in one kernel.
         grid: average bits of the thresholds.
     """
 

@@ -71,8 +71,8 @@ def random_dense(config: LlamaConfig, key: Key[Array, ""], dtype: DTypeLike = jn
         kernels = tuple(draw(layer_key) for layer_key in jax.random.split(key, layers))
         sites[name] = DenseSite(kernels=kernels, segments=segments)
     grid = (2.0, 8.0)
-    of_no_linear = jnp.zeros((layers, 0, len(grid)))  # none is routed
-    return DenseModel(config=config, variables=_around(config, key, sites, of_no_linear, grid, dtype), dtype=dtype)
+    no_thresholds = jnp.zeros((layers, 0, len(grid)))
+    return DenseModel(config=config, variables=_around(config, key, sites, no_thresholds, grid, dtype), dtype=dtype)
 
 
 def _around(

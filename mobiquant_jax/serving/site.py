@@ -60,7 +60,14 @@ class Site:
 
 
 def of_sites(per_linear: Float[Array, "L linears B"]) -> dict[str, Float[Array, "L S B"]]:
-    """Each site's part of what all linears have in one array, in the order of `SITES`."""
+    """Each site's part of what all linears have in one array, in the order of `SITES`; of none, nothing.
+
+    Raises:
+        ValueError: it is of some of the linears only.
+    """
+    linears = sum(map(len, SITES.values()))
+    if per_linear.shape[1] not in (0, linears):
+        raise ValueError(f"an array {per_linear.shape} of {per_linear.shape[1]} linears, not {linears}")
     parts, first = {}, 0
     for name, paths in SITES.items():
         parts[name] = per_linear[:, first : first + len(paths)]

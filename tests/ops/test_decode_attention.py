@@ -27,14 +27,25 @@ def rotate(heads, angles):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("batch", [1, 2, 5, 16])
-@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(32, 8, 128), (9, 3, 64), (4, 4, 64), (16, 2, 128)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size"), [(32, 8, 128), (9, 3, 64), (4, 4, 64), (16, 2, 128), (4, 2, 64), (32, 32, 128)]
+)
 def test_matches_float64(batch, heads, kv_heads, size):
+    check_against_float64(batch, heads, kv_heads, size, SLOTS)
+
+
+@pytest.mark.gpu
+def test_many_keys_for_every_thread_block():
+    check_against_float64(1, 32, 8, 128, 4500)
+
+
+def check_against_float64(batch, heads, kv_heads, size, slots):
     if jax.default_backend() != "gpu":
         pytest.skip("no GPU")
     rng = np.random.default_rng(batch + heads)
-    positions = rng.integers(0, SLOTS, batch)
-    positions[0] = SLOTS - 1 if batch == 1 else 0
-    key, value = (jnp.asarray(rng.normal(size=(LAYERS, batch, SLOTS, kv_heads, size)), jnp.bfloat16) for _ in range(2))
+    positions = rng.integers(0, slots, batch)
+    positions[0] = slots - 1 if batch == 1 else 0
+    key, value = (jnp.asarray(rng.normal(size=(LAYERS, batch, slots, kv_heads, size)), jnp.bfloat16) for _ in range(2))
     qkv = jnp.asarray(rng.normal(size=(2, batch, (heads + 2 * kv_heads) * size)), jnp.float32)
     angles = positions[:, None] * 0.1 ** np.linspace(0, 3, size // 2)
     before = exact(key), exact(value)
@@ -70,6 +81,13 @@ def test_a_token_outside_the_cache_is_dropped():
     np.testing.assert_array_equal(exact(new_key), exact(key))
     np.testing.assert_array_equal(exact(new_value), exact(value))
     assert np.isfinite(exact(mixed)).all()
+
+
+def test_a_rotation_of_other_tokens_is_refused():
+    cache = jnp.zeros((1, 3, 8, 2, 64), jnp.bfloat16)
+    call = jnp.zeros((1, 3, 6 * 64)), jnp.zeros((3, 2, 32)), jnp.zeros(3, jnp.int32), jnp.int32(0), cache, cache
+    with pytest.raises(ValueError, match=r"rotation \(3, 2, 32\) .* than \(2, 3, 32\)"):
+        decode_attention(*call)
 
 
 def test_where_it_cannot_run_it_says_why():

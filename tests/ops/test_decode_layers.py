@@ -184,14 +184,16 @@ def test_where_it_cannot_run_it_says_why(random_elastic):
         check_supported(17, KVCache.create(packed.config, 17, 8, jnp.bfloat16).k, sites)
 
 
-def test_thresholds_of_fewer_linears_are_refused(random_elastic):
+def test_arrays_of_other_shapes_are_refused(random_elastic):
     packed = prepare(random_elastic(3, ElasticConfig(group_size=32, budget_grid=(2.0, 8.0))), implementation="gpu")
     v, cache = packed.variables, KVCache.create(packed.config, 1, 8, jnp.bfloat16)
     sites = [RoutedLinears(v.sites[name].weight, v.sites[name].router) for name in NAMES]
     x, turned = jnp.zeros((1, packed.config.hidden_size), jnp.bfloat16), rotation(packed.config, jnp.zeros((1, 1)))
-    call = (x, turned, jnp.zeros(1, jnp.int32), (v.attention_norm, v.mlp_norm), 1e-5, cache.k, cache.v, sites)
+    rest = (jnp.zeros(1, jnp.int32), (v.attention_norm, v.mlp_norm), 1e-5, cache.k, cache.v, sites)
     with pytest.raises(ValueError, match=r"thresholds \(2, 6, 1\) .* than \(2, 7, 1\)"):
-        decode_layers(*call, jnp.zeros((2, 6, 1)), jnp.int32(1))
+        decode_layers(x, turned, *rest, jnp.zeros((2, 6, 1)), jnp.int32(1))
+    with pytest.raises(ValueError, match=r"rotation \(1, 1, \d+\) .* than \(2, 1, \d+\)"):
+        decode_layers(x, turned[:1], *rest, jnp.zeros((2, 7, 1)), jnp.int32(1))
 
 
 def decode_steps(packed, bits, tokens, slots, held):

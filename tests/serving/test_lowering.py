@@ -80,7 +80,7 @@ def test_a_cuda_step_in_one_call_takes_whole_stacks(random_elastic, monkeypatch)
     arrays = [array for site in sites for array in (*site.weight.planes, site.weight.affine, site.router.hidden)]
     check_no_copies(text, calls(text, "our_layers"), arrays, kernels=1)
     config = packed.config
-    (operands,) = calls(text, "our_layers")  # one array each: a kernel less for every array less
+    (operands,) = calls(text, "our_layers")  # each further array would cost a step one more small kernel
     for made in (f"{LAYERS}x7x2xf32", f"2x2x{config.head_dim // 2}xf32"):  # thresholds; cosine and sine
         assert operands.count(made) == 1
 

@@ -11,6 +11,7 @@ from mobiquant_jax.models.elastic import ElasticModel
 from mobiquant_jax.models.kv_cache import KVCache
 from mobiquant_jax.ops import TiledWeight
 from mobiquant_jax.serving import device_bytes, generate, prepare
+from mobiquant_jax.serving.site import of_sites
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["head", "tied"])
@@ -94,6 +95,13 @@ def test_an_unquantized_model_is_refused(model):
     assert isinstance(dense, ElasticModel)
     with pytest.raises(ValueError, match="unquantized"):
         prepare(dense)
+
+
+def test_an_array_of_some_linears_is_not_shared_out():
+    shares = {name: part.shape for name, part in of_sites(jnp.zeros((2, 7, 3))).items()}
+    assert shares == {"qkv": (2, 3, 3), "o": (2, 1, 3), "gate_up": (2, 2, 3), "down": (2, 1, 3)}
+    with pytest.raises(ValueError, match="of 6 linears, not 7"):
+        of_sites(jnp.zeros((2, 6, 3)))
 
 
 def test_bytes_of_the_arrays():

@@ -14,7 +14,7 @@ namespace mobiquant {
 
 constexpr int kAttentionThreads = 256;
 constexpr int kAttentionWarps = kAttentionThreads / 32;
-constexpr int kAhead = 4;  // keys a lane has on their way
+constexpr int kAhead = 4;  // keys a lane has on their way before it multiplies any
 constexpr int kMostRanks = 16;
 
 struct AttentionArgs {
@@ -42,6 +42,8 @@ struct AttentionShared {
   float2 rank[kMostRanks][G];         // of every block of the cluster
   float rank_mixed[G * SIZE];         // [ranks, this block's share of the results]
   uint64_t sent;                      // barrier that counts the bytes of the two
+  static_assert(SIZE % (4 * kMostRanks) == 0);  // in fours, each of which one thread sends
+  __device__ static int bytes_sent(int ranks) { return G * (SIZE * 4 + ranks * 8); }
 };
 
 // The running softmax of G heads over the keys one reader has seen, eight numbers of each value a lane.
@@ -92,7 +94,7 @@ __global__ void __launch_bounds__(kAttentionThreads, G > 4 ? 1 : 2) attention_ke
   if (threadIdx.x == 0) {
     barrier_init(sent, 1);
     barrier_init_fence();
-    barrier_expect(sent, G * (SIZE * 4 + args.ranks * 8));
+    barrier_expect(sent, Shared::bytes_sent(args.ranks));
   }
   __syncwarp();
   cluster_arrive();  // waited for before the first store to another block
@@ -113,7 +115,7 @@ __global__ void __launch_bounds__(kAttentionThreads, G > 4 ? 1 : 2) attention_ke
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) load(k, slot + k * kReaders);
   };
-  // Earlier steps are over: a step's first kernel is not launched early.
+  // The cache, and the rotation further below, are of earlier kernels than this step's first, which is not launched early.
   if (begin < end) load_all(begin);
   for (int slot = begin + kAhead * kReaders + reader; slot < min(end, begin + 2 * kAhead * kReaders); slot += kReaders) {
     prefetch(args.key + first + slot * stride + lane * 8);

@@ -14,7 +14,7 @@ namespace {
 
 constexpr int kSites = 4;                  // query-key-value, output, gate-up, down
 constexpr int kSiteArrays = 6 + kMaxSlices;
-constexpr int kPrefetchBytes = 48 * 1024;  // better than 64 KB and more at 2 and 4 bits, and no worse at 8
+constexpr int kPrefetchBytes = 48 * 1024;  // for one slice or two, see DecodeArgs; more is slower
 
 // The linears of one input: what they hold of the first layer.
 struct Site {
@@ -149,7 +149,7 @@ ffi::Error decode_layers(cudaStream_t stream, Halves x, Floats rotation, Integer
     of_qkv.route.gain = attention_norm.typed_data() + static_cast<size_t>(layer) * of_qkv.route.inputs;
     of_gate_up.route.gain = mlp_norm.typed_data() + static_cast<size_t>(layer) * of_gate_up.route.inputs;
     attention.layer_index = layer;
-    // The first kernel is not launched early: what earlier steps wrote, attention reads before it waits.
+    // The first kernel is not launched early: what was written before the step, attention reads before it waits.
     if (cudaError_t error = run(stream, of_qkv, layer, layer > 0)) return check(error, "decode_layers");
     if (cudaError_t error = launch_attention(stream, attention, true, group, size)) return check(error, "decode_layers");
     for (const Site* site : {&of_o, &of_gate_up, &of_down})

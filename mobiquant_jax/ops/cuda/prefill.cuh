@@ -261,7 +261,7 @@ __global__ void __launch_bounds__(kPrefillThreads, 1) prefill_kernel(const __gri
     });
   }
   __syncwarp();
-  cluster_arrive();  // the other block still writes here and counts here
+  cluster_arrive_release();  // the other block still writes here and counts here
   cluster_wait();
 }
 

@@ -15,7 +15,7 @@ constexpr int kCluster = 2;  // thread blocks that share a token tile
 constexpr int kPlanThreads = 1024;
 constexpr int kPackThreads = 256;
 constexpr int kPackStages = 4;  // a warp copies 512 bytes of a token at a time
-constexpr int kPackRows = 8;    // that a warp has on their way
+constexpr int kPackRows = 8;    // rows that a warp has on their way
 
 // The width of a tile of so many tokens, in units.
 __host__ __device__ inline int width_of(int tokens) { return (tokens + kUnit - 1) / kUnit; }
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constan
   for (int i = begin; i < end; ++i) {  // the segments' loop inside, so that their loads are on their way at once
 #pragma unroll
     for (int segment = 0; segment < kMaxSegments; ++segment) {
-      const int from = min(segment, args.segments.count - 1);
+      const int from = min(segment, args.segments.count - 1);  // beyond the last again, unused
       mine[segment] += 1ull << (16 * (args.depth[from * args.tokens + i] - 1));
     }
   }
@@ -228,6 +228,7 @@ __global__ void __launch_bounds__(kPackThreads) pack_kernel(const __grid_constan
     for (int k = 0; k < kPackRows; ++k) {
       const int row = first + k * kWarps;
       if (row >= rows) break;
+      // A plain store of these is compiled to four of 4 bytes.
       __stcg(reinterpret_cast<uint4*>(to + row * kStageInputs + (chunk ^ (row & 7)) * 8), values[k]);
     }
   }

@@ -81,6 +81,7 @@ __device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
       "r"(parity)
       : "memory");
 }
+
 // A hint for data that is read once.
 __device__ inline uint64_t evict_first() {
   uint64_t policy;
@@ -114,12 +115,14 @@ __device__ inline void prefetch_bulk(const void* from, int bytes) {
 __device__ inline void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 __device__ inline void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
-// A barrier among the threads of a cluster of thread blocks. It orders no stores, which would cost a fence for the whole
-// device: data is handed over by barriers in shared memory.
+// A barrier among the threads of a cluster of thread blocks. To order what was sent to other blocks before it costs a fence
+// of the whole device: where that counts, data is handed over by barriers in shared memory.
 __device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+__device__ inline void cluster_arrive_release() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 __device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
-// Store to the same place in the shared memory of a block of the cluster, and count the bytes at a barrier there.
+// Store to the same place in the shared memory of a block of the cluster, and count the bytes at a barrier there; who has
+// waited for that barrier sees them, as with copies.
 __device__ inline void store_cluster8(uint32_t to, int rank, float2 value, uint32_t barrier) {
   asm volatile(
       "{\n.reg .b32 there, counted;\n"

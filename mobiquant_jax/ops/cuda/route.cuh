@@ -51,11 +51,12 @@ constexpr int kRouteWarps = kRouteThreads / 32;
 constexpr int kRouteRows = 8;  // rows of `hidden` a lane holds at once
 constexpr int kScores = kMaxSlices - 1;
 
-// Shared memory, in bytes from its start: a barrier that counts what the other blocks send; this block's inputs and gains, each warp's sums of hidden units and the squares
-// of every eight inputs; of the first block the rest of the router, and of all blocks what they have summed.
+// Shared memory, in bytes from its start: a barrier that counts what the blocks send each other; this block's inputs and
+// gains, each warp's sums of hidden units and the squares of every eight inputs; what all blocks have summed; of the first
+// block the rest of the router.
 struct RouteShape {
   int share;  // inputs of a block
-  int barrier, x, gain, sums, eights, head, gathered, squares, total;
+  int barrier, x, gain, sums, eights, squares, gathered, head, total;
   __host__ __device__ RouteShape(int tokens, int inputs, int width) {
     share = (inputs + 8 * kRouteRanks - 1) / (8 * kRouteRanks) * 8;
     barrier = 0;
@@ -70,6 +71,11 @@ struct RouteShape {
   }
 };
 
+// What the blocks of a cluster send to one of them: the squares, and to the first its hidden units, four at a time.
+__device__ inline int route_bytes_sent(int rank, int tokens, int width) {
+  return kRouteRanks * tokens * (rank == 0 ? 8 + width * 4 : 8);
+}
+
 // Eight neighbouring numbers of a sum of parts, at each of COUNT places, rounded as the product's result would be.
 template <int COUNT>
 __device__ __forceinline__ void sum_parts8(float (&values)[COUNT][8], const float* from, int apart, int parts,
@@ -80,7 +86,7 @@ __device__ __forceinline__ void sum_parts8(float (&values)[COUNT][8], const floa
     for (int k = 0; k < 8; ++k) values[c][k] = 0.0f;
 #pragma unroll 1
   for (int p = 0; p < parts; ++p) {
-    float4 part[COUNT][2];  // all loads before the first use
+    float4 part[COUNT][2];  // loads before their use, as far as registers last
 #pragma unroll
     for (int i = 0; i < 2 * COUNT; ++i)
       part[i / 2][i % 2] = reinterpret_cast<const float4*>(from + p * stride + i / 2 * apart)[i % 2];
@@ -154,7 +160,7 @@ __global__ void __launch_bounds__(kRouteThreads, 3) route_kernel(const __grid_co
   if (threadIdx.x == 0) {
     barrier_init(sent, 1);
     barrier_init_fence();
-    barrier_expect(sent, kRouteRanks * tokens * (8 + (rank == 0 ? width * 4 : 0)));
+    barrier_expect(sent, route_bytes_sent(rank, tokens, width));
   }
   __syncwarp();
   cluster_arrive();  // waited for before the first store to another block
@@ -310,6 +316,7 @@ __global__ void __launch_bounds__(kRouteThreads, 3) route_kernel(const __grid_co
         float values[8];
 #pragma unroll
         for (int k = 0; k < 8; ++k) values[k] = x[token * shape.share + i + k] * norm;
+        // A plain store of these is compiled to four of 4 bytes.
         __stcg(reinterpret_cast<uint4*>(args.input + static_cast<size_t>(first_token + token) * inputs + begin + i),
                pack8(values));
       }

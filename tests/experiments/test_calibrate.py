@@ -196,10 +196,12 @@ def test_a_run_killed_three_times_ends_with_the_same_checkpoint(finished, folder
     whole, run = finished[0], folder / "killed"
     command = [sys.executable, "experiments/calibrate.py", *arguments(run)]
     kill_after("block  2/5", command, environment)
-    assert {"000", "001"} <= {entry.name for entry in (run / "blocks").iterdir()}
-    assert not (run / "blocks" / "004").exists() and not (run / "checkpoint").exists()
+    done = sum(entry.name.isdigit() for entry in (run / "blocks").iterdir())  # more than 2 where the kill came late
+    assert 2 <= done < 5 and not (run / "checkpoint").exists()
     printed = kill_after("end to end 1/2", [*command, "--resume"], environment)
-    assert printed.startswith("2 of 5 blocks are on disk already; continuing with block 3\nblock  3/5")
+    assert printed.startswith(
+        f"{done} of 5 blocks are on disk already; continuing with block {done + 1}\nblock  {done + 1}/5"
+    )
     assert not (run / "tuning" / "002").exists() and not (run / "checkpoint").exists()
     printed = kill_after("routers 1/2", [*command, "--resume"], environment)
     assert "none is left to train" in printed and "end to end 1/2" not in printed

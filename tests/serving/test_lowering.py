@@ -81,8 +81,8 @@ def test_a_cuda_step_in_one_call_takes_whole_stacks(random_elastic, monkeypatch)
     check_no_copies(text, calls(text, "our_layers"), arrays, kernels=1)
     config = packed.config
     (operands,) = calls(text, "our_layers")  # each further array would cost a step one more small kernel
-    for made in (f"{LAYERS}x7x2xf32", f"2x2x{config.head_dim // 2}xf32"):  # thresholds; cosine and sine
-        assert operands.count(made) == 1
+    for place, made in (1, f"2x2x{config.head_dim // 2}xf32"), (7, f"{LAYERS}x7x2xf32"):  # cosine, sine; thresholds
+        assert operands[place] == made and operands.count(made) == 1
 
 
 def test_tpu_kernels_take_whole_stacks(random_elastic, monkeypatch):

@@ -14,7 +14,7 @@ namespace {
 
 constexpr int kSites = 4;                  // query-key-value, output, gate-up, down
 constexpr int kSiteArrays = 6 + kMaxSlices;
-constexpr int kPrefetchBytes = 48 * 1024;  // for one slice or two, see DecodeArgs; more is slower
+constexpr int kPrefetchBytes = 48 * 1024;  // for one slice or two, see DecodeArgs; at 2 and 4 bits more is slower
 
 // The linears of one input: what they hold of the first layer.
 struct Site {
